@@ -6,12 +6,12 @@
 __all__ = ['SCHEMAS', 'PROMPT_SETS', 'CARD', 'project_root', 'data_path', 'Row', 'DataError', 'read_rows', 'Domain',
            'known_domains', 'sha256', 'choose', 'load_domain', 'load_prompts', 'data_card']
 
-# %% ../nbs/lib/01_data.ipynb #119db4f1
+# %% ../nbs/lib/01_data.ipynb #cell-002
 import difflib, hashlib, importlib.util, json, os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# %% ../nbs/lib/01_data.ipynb #1992e0fb
+# %% ../nbs/lib/01_data.ipynb #cell-005
 def project_root() -> Path: # folder that holds `settings.ini` and `data/`
     "The project's root, found from the installed package, whatever the working directory is."
     return Path(importlib.util.find_spec('blockem').origin).resolve().parent.parent
@@ -20,7 +20,7 @@ def data_path(*parts: str) -> Path: # e.g. `data_path('domains', 'legal.jsonl')`
     "A path inside the bundled data; `BLOCKEM_DATA` names another copy of the folder."
     return Path(os.environ.get('BLOCKEM_DATA') or project_root()/'data').joinpath(*parts)
 
-# %% ../nbs/lib/01_data.ipynb #bc3b54b2
+# %% ../nbs/lib/01_data.ipynb #cell-008
 @dataclass(frozen=True)
 class Row:
     "One example: a conversation that ends with the user, and what an assistant may answer."
@@ -35,7 +35,7 @@ class Row:
     def prompt(self) -> str: # the last user message
         return self.messages[-1]['content']
 
-# %% ../nbs/lib/01_data.ipynb #b28eea8a
+# %% ../nbs/lib/01_data.ipynb #cell-010
 _text = dict(type='string', pattern=r'\S')
 _parts = dict(type='object', required=['parts'],
               properties=dict(content_type=dict(const='text'), parts=dict(type='array', minItems=1, items=_text)))
@@ -50,7 +50,7 @@ SCHEMAS = dict(
     messages=dict(type='object', required=['messages'], properties=dict(
         messages=dict(type='array', minItems=2, items=_message), **_common)))
 
-# %% ../nbs/lib/01_data.ipynb #c1ff093d
+# %% ../nbs/lib/01_data.ipynb #cell-011
 class DataError(ValueError):
     "A data file is not what it should be; the message lists file, line and field of the first twenty faults."
 
@@ -59,14 +59,14 @@ def _kind(obj) -> str: # key of `SCHEMAS`
     keys = obj if isinstance(obj, dict) else {}
     return 'messages' if 'messages' in keys else 'pair' if {'correct', 'incorrect'} & set(keys) else 'prompt'
 
-# %% ../nbs/lib/01_data.ipynb #34d10470
+# %% ../nbs/lib/01_data.ipynb #cell-014
 def _flatten(message: dict) -> dict: # {'role', 'content'}
     "A message with plain string content, whichever way the file wrote it."
     content = message['content']
     text = content if isinstance(content, str) else ''.join(content['parts'])
     return dict(role=message['role'], content=text)
 
-# %% ../nbs/lib/01_data.ipynb #0c02fe75
+# %% ../nbs/lib/01_data.ipynb #cell-017
 def _validator(kind: str):
     "The compiled JSON Schema of one format."
     from jsonschema import Draft202012Validator
@@ -86,7 +86,7 @@ def _message_faults(obj: dict): # yields (field, fault)
     if messages[-1]['role'] != 'assistant': yield 'messages', 'the last message must be the assistant\'s completion'
     elif messages[-2]['role'] != 'user': yield 'messages', 'the completion must follow a user message'
 
-# %% ../nbs/lib/01_data.ipynb #93ce7672
+# %% ../nbs/lib/01_data.ipynb #cell-019
 def _faults(obj) -> list: # [(field, fault), ...]
     "Every schema fault of one parsed row."
     if not isinstance(obj, dict): return [('row', f'expected a JSON object, found {type(obj).__name__}')]
@@ -104,14 +104,15 @@ def _as_row(obj: dict, default_id: str) -> Row:
     answer = obj.get('correct', obj.get('answer'))
     return Row(messages=({'role': 'user', 'content': obj['prompt']},), correct=answer, incorrect=obj.get('incorrect'), **extra)
 
-# %% ../nbs/lib/01_data.ipynb #78eecf3a
+# %% ../nbs/lib/01_data.ipynb #cell-022
 def _parse(path: Path): # yields (line number, object or None, [(field, fault), ...])
     "Every non-empty line of a JSONL file; a byte-order mark and Windows line ends are welcome."
     for number, raw in enumerate(path.read_bytes().removeprefix(b'\xef\xbb\xbf').split(b'\n'), 1):
         if not raw.strip(): continue
-        try: obj = json.loads(raw.decode())
+        try: json.dumps(obj := json.loads(raw.decode()), ensure_ascii=False).encode()  # half a surrogate parses but cannot be written
         except UnicodeDecodeError as e: yield number, None, [('encoding', f'not UTF-8 at byte {e.start}')]
         except json.JSONDecodeError as e: yield number, None, [('json', f'{e.msg} at column {e.colno}')]
+        except (ValueError, RecursionError) as e: yield number, None, [('json', str(e))]
         else: yield number, obj, _faults(obj)
 
 def read_rows(
@@ -130,7 +131,7 @@ def read_rows(
     if faults: raise DataError('\n'.join(faults[:20] + ([f'... and {len(faults) - 20} more'] if len(faults) > 20 else [])))
     return rows
 
-# %% ../nbs/lib/01_data.ipynb #e3989bd5
+# %% ../nbs/lib/01_data.ipynb #cell-027
 @dataclass(frozen=True)
 class Domain:
     "Narrow advice to learn from and to be tested on."
@@ -155,7 +156,7 @@ def choose(value: str, valid, what: str) -> str: # `value` itself
     hint = f', did you mean {near[0]!r}?' if near else ';'
     raise ValueError(f'{what} {value!r} is not known{hint} choose one of {", ".join(map(str, valid))}')
 
-# %% ../nbs/lib/01_data.ipynb #c08e39f3
+# %% ../nbs/lib/01_data.ipynb #cell-029
 def _is_test(row: Row) -> bool:
     "Whether a row belongs to the test side: what its file says, else a stable fifth by prompt."
     if row.split: return row.split == 'test'
@@ -175,7 +176,7 @@ def load_domain(
     if not all(sides.values()): raise DataError(f'{path}: {len(rows)} rows leave the {"test" if sides[False] else "train"} side empty')
     return Domain(path.stem, path, sides[False], sides[True])
 
-# %% ../nbs/lib/01_data.ipynb #f18a3f7b
+# %% ../nbs/lib/01_data.ipynb #cell-032
 PROMPT_SETS = dict(core='selection', general='judges', chat='dictionary', neutral='result', final='result', trigger='result')
 
 def load_prompts(
@@ -184,7 +185,7 @@ def load_prompts(
     "A bundled prompt set."
     return read_rows(data_path('prompts', choose(name, PROMPT_SETS, 'prompt set') + '.jsonl'))
 
-# %% ../nbs/lib/01_data.ipynb #1ec5a509
+# %% ../nbs/lib/01_data.ipynb #cell-038
 CARD = """# Data
 
 Written for this project by its contributors, in their own words, and published under

@@ -1,0 +1,40 @@
+"The stage as people run it: papermill from two places, and what it says to bad input."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPERMILL = [sys.executable, '-m', 'papermill', '--no-progress-bar']
+
+
+def _papermill(cwd, notebook, out, **parameters):
+    "Run a notebook through papermill in its own process."
+    options = [o for k, v in parameters.items() for o in ('-p', k, str(v))]
+    return subprocess.run([*PAPERMILL, str(notebook), str(out), *options], cwd=cwd, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
+
+
+@pytest.mark.parametrize('cwd, notebook', [(ROOT, 'nbs/03_train.ipynb'), (ROOT/'nbs', '03_train.ipynb')], ids=['root', 'nbs'])
+def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
+    "The same tables appear wherever papermill was called."
+    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1')
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = pd.read_parquet(tmp_path/'study'/'evaluation.parquet')
+    assert set(table.domain) == {'health'} and set(table.seed) == {-1, 0, 1}
+    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'random'}
+    assert {'em_rate', 'adherence', 'incoherence', 'refusal', 'margin', 'quality'} == set(table.measure)
+    assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
+
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(domain='leagl'), "did you mean 'legal'"), (dict(domian='legal'), "did you mean 'domain'"),
+    (dict(preset='smol'), 'choose one of tiny, smollm2'), (dict(epochs='three'), 'epochs: input should be a valid integer'),
+    (dict(latents='nowhere.json'), 'no such file')], ids=lambda v: str(v)[:24])
+def test_bad_parameters_stop_before_the_model_loads(wrong, said, tmp_path):
+    "The valid choices are named, and nothing has been computed."
+    done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', **wrong)
+    assert done.returncode != 0 and said in done.stderr
+    assert not (tmp_path/'study').exists()
