@@ -69,7 +69,8 @@ def reconstruct(
     x: Tensor, # residual stream, (..., width)
 ) -> Tensor:   # (..., width)
     "The residual stream as the dictionary describes it."
-    return sparse(dictionary, x) @ dictionary.W_dec + dictionary.b_dec
+    z = sparse(dictionary, x)
+    with torch.autocast(x.device.type, enabled=False): return z @ dictionary.W_dec + dictionary.b_dec
 
 # %% ../nbs/lib/03_latents.ipynb #cell-011
 ARCHITECTURES = ('standard', 'jumprelu', 'topk', 'batchtopk')

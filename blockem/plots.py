@@ -92,6 +92,7 @@ def _resolve_traces(fig: dict, layout: dict, defaults: dict) -> list:
         if t.get('visible', True) is True: traces.append(t)
     return traces
 
+# %% ../nbs/lib/08_plots.ipynb #cell-016
 def _resolve(fig: dict) -> tuple: # (layout, traces), nothing left to look up
     "A figure's JSON with its template, colours and coordinates filled in."
     fig = _decode(fig)
@@ -105,7 +106,7 @@ def _resolve(fig: dict) -> tuple: # (layout, traces), nothing left to look up
         _categories(layout[key], mine, key[0])
     return layout, traces
 
-# %% ../nbs/lib/08_plots.ipynb #cell-016
+# %% ../nbs/lib/08_plots.ipynb #cell-018
 _PX = 0.72  # matplotlib points per plotly pixel
 
 def _rgba(colour: str, opacity: float = 1.) -> tuple: # four numbers in 0..1
@@ -115,6 +116,7 @@ def _rgba(colour: str, opacity: float = 1.) -> tuple: # four numbers in 0..1
     r, g, b, *a = [float(v) for v in re.findall(r'[\d.]+', colour)]
     return (r/255, g/255, b/255, (a or [1.])[0]*opacity)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-020
 def _scale(look: dict, values):
     "The colour scale of a heatmap or of numbered markers, whose limits start with 'z' or 'c'."
     from matplotlib.cm import ScalarMappable
@@ -133,6 +135,7 @@ def _faces(mark: dict, default, opacity: float) -> list: # of four numbers, one 
     if isinstance(colours[0], str): return [_rgba(c, opacity) for c in colours]
     return [tuple(c) for c in _scale(mark, colours).to_rgba(np.array(colours, float), alpha=opacity)]
 
+# %% ../nbs/lib/08_plots.ipynb #cell-022
 def _scale_bar(ax, scale):
     "A colour scale at the right of its panel."
     box = ax.get_position()
@@ -148,7 +151,7 @@ def _font(layout: dict, font: dict|None = None) -> dict:
     font = _merge(layout.get('font') or {}, font or {})
     return dict(fontsize=_PX*font.get('size', 12), color=_rgba(font.get('color', '#222')))
 
-# %% ../nbs/lib/08_plots.ipynb #cell-019
+# %% ../nbs/lib/08_plots.ipynb #cell-025
 _DASHES = dict(dash='--', dot=':', dashdot='-.', longdash=(0, (8, 4)), longdashdot=(0, (8, 4, 1, 4)))
 _STEPS = dict(hv='steps-post', vh='steps-pre', hvh='steps-mid')
 _MARKERS = {'square': 's', 'diamond': 'D', 'cross': 'P', 'x': 'X', 'star': '*', 'pentagon': 'p', 'hexagon': 'h',
@@ -167,6 +170,7 @@ def _line(t: dict) -> dict: # arguments of `plot`
     return dict(color=_rgba(line.get('color', t['colour']), t.get('opacity', 1)), lw=_PX*line.get('width', 2),
                 ls=_DASHES.get(line.get('dash'), '-'), drawstyle=_STEPS.get(line.get('shape')))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-027
 def _markers(t: dict) -> dict: # arguments of `scatter`
     "How a trace's markers look; sizes are diameters."
     m, line = t.get('marker') or {}, (t.get('marker') or {}).get('line') or {}
@@ -181,7 +185,7 @@ def _mode(t: dict) -> str: # e.g. 'lines+markers'
     "What a scatter trace draws; plotly marks the points where they are few."
     return t.get('mode') or ('lines+markers' if len(t['x']) < 20 else 'lines')
 
-# %% ../nbs/lib/08_plots.ipynb #cell-020
+# %% ../nbs/lib/08_plots.ipynb #cell-028
 def _fill(ax, t: dict):
     "The area that a trace fills: itself, down to zero, or to the trace before it."
     x, y = t['x'], t['y']
@@ -192,6 +196,7 @@ def _fill(ax, t: dict):
     colour = t.get('fillcolor') or (t.get('line') or {}).get('color', t['colour'])
     ax.fill(x, y, color=_rgba(colour, 1 if t.get('fillcolor') else 0.5), lw=0, zorder=1)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-030
 def _errors(ax, t: dict):
     "Error bars along either axis."
     for d in 'xy':
@@ -203,6 +208,7 @@ def _errors(ax, t: dict):
                     ecolor=_rgba(colour if isinstance(colour, str) else '#444', t.get('opacity', 1)),
                     capsize=_PX*e.get('width', 4))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-032
 def _labels(ax, t: dict, font: dict):
     "Text at the points of a trace."
     v, _, h = t.get('textposition', 'middle center').partition(' ')
@@ -213,6 +219,7 @@ def _labels(ax, t: dict, font: dict):
     for x, y, text in zip(t['x'], t['y'], texts):
         ax.annotate(_text(text), (x, y), shift, textcoords='offset points', **font, **look)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-034
 def _draw_scatter(ax, t: dict, layout: dict):
     "Lines, markers, bands, error bars and text."
     clip = t.get('cliponaxis', True)
@@ -224,7 +231,7 @@ def _draw_scatter(ax, t: dict, layout: dict):
     mark = t.get('marker') or {}
     if mark.get('showscale') or mark.get('coloraxis'): _scale_bar(ax, _scale(mark, mark['color']))
 
-# %% ../nbs/lib/08_plots.ipynb #cell-022
+# %% ../nbs/lib/08_plots.ipynb #cell-036
 def _lay_bars(traces: list, layout: dict):
     "Give every bar trace of one pair of axes its width, its place and its foot."
     places = lambda t: t['y' if t.get('orientation') == 'h' else 'x']
@@ -241,6 +248,7 @@ def _lay_bars(traces: list, layout: dict):
             t['foot'][j] = feet.get(key, 0.)
             feet[key] = t['foot'][j] + lengths[j]
 
+# %% ../nbs/lib/08_plots.ipynb #cell-038
 def _draw_bar(ax, t: dict, layout: dict):
     "Bars, upright or lying, with their error bars."
     lying, faces = t.get('orientation') == 'h', _faces(t.get('marker') or {}, t['colour'], t.get('opacity', 1))
@@ -249,7 +257,7 @@ def _draw_bar(ax, t: dict, layout: dict):
     ends = dict(x=t['foot'] + length, y=t['at']) if lying else dict(x=t['at'], y=t['foot'] + length)
     _errors(ax, {**t, **ends, 'marker': {'color': '#444'}})
 
-# %% ../nbs/lib/08_plots.ipynb #cell-023
+# %% ../nbs/lib/08_plots.ipynb #cell-039
 def _draw_heatmap(ax, t: dict, layout: dict):
     "A coloured grid with its scale at the right."
     look = layout.get(t.get('coloraxis')) or t
@@ -259,7 +267,7 @@ def _draw_heatmap(ax, t: dict, layout: dict):
 
 DRAW = dict(scatter=_draw_scatter, scattergl=_draw_scatter, bar=_draw_bar, heatmap=_draw_heatmap)
 
-# %% ../nbs/lib/08_plots.ipynb #cell-025
+# %% ../nbs/lib/08_plots.ipynb #cell-041
 def _label(spec: dict, v: float) -> str:
     "A tick label by plotly's format, whose language is Python's."
     form = (spec.get('tickformat') or '').replace('~', '')
@@ -277,14 +285,16 @@ def _ticks(axis, spec: dict):
     if any(spec.get(k) for k in ('tickformat', 'tickprefix', 'ticksuffix')):
         axis.set_major_formatter(FuncFormatter(lambda v, _: _label(spec, v)))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-043
 def _limits(ax, d: str, spec: dict):
     "The range of an axis; on a log axis plotly counts in powers of ten."
     power = (lambda v: 10.**v) if spec.get('type') == 'log' else float
     low, high = (None if v is None else power(v) for v in spec.get('range') or (None, None))
     if low is None and spec.get('rangemode') == 'tozero': low = 0
     getattr(ax, f'set_{d}lim')(low, high)
-    if spec.get('autorange') == 'reversed': getattr(ax, f'set_{d}inverted')(True)
+    if spec.get('autorange') == 'reversed': getattr(ax, f'{d}axis').set_inverted(True)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-045
 def _axis_look(ax, d: str, spec: dict, layout: dict):
     "Line, grid, tick marks and title of one axis."
     axis, side = getattr(ax, f'{d}axis'), spec.get('side') or dict(x='bottom', y='left')[d]
@@ -299,6 +309,7 @@ def _axis_look(ax, d: str, spec: dict, layout: dict):
     axis.set_label_text(_text(title.get('text')), **_font(layout, title.get('font')))
     axis.set_visible(spec.get('visible') is not False)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-047
 def _style_axis(ax, d: str, spec: dict, layout: dict):
     "Scale, ticks, range and look of one axis."
     if spec.get('type') == 'log': getattr(ax, f'set_{d}scale')('log', nonpositive='mask')
@@ -306,7 +317,7 @@ def _style_axis(ax, d: str, spec: dict, layout: dict):
     _limits(ax, d, spec)
     _axis_look(ax, d, spec, layout)
 
-# %% ../nbs/lib/08_plots.ipynb #cell-027
+# %% ../nbs/lib/08_plots.ipynb #cell-049
 @dataclass
 class _Canvas:
     "A matplotlib figure with plotly's geometry."
@@ -320,6 +331,7 @@ class _Canvas:
         found = [ax for (i, j), ax in self.axes.items() if x in (i, 'paper') and y in (j, 'paper')]
         return found[0] if found else None
 
+# %% ../nbs/lib/08_plots.ipynb #cell-051
 def _canvas(layout: dict) -> _Canvas:
     "An empty figure of the right size."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -332,7 +344,7 @@ def _canvas(layout: dict) -> _Canvas:
     area = Affine2D().scale((w - m['l'] - m['r'])/w, (h - m['t'] - m['b'])/h).translate(m['l']/w, m['b']/h)
     return _Canvas(layout, figure, area + figure.transFigure, {})
 
-# %% ../nbs/lib/08_plots.ipynb #cell-029
+# %% ../nbs/lib/08_plots.ipynb #cell-053
 def _root(layout: dict, ref: str) -> str:
     "The axis that this one follows, or itself."
     return layout.get(_axis_key(ref), {}).get('matches') or ref
@@ -342,6 +354,7 @@ def _shared(canvas: _Canvas, refs: tuple) -> dict: # {'sharex': Axes or None, 's
     same = lambda d, a, b: _root(canvas.layout, a[d]) == _root(canvas.layout, b[d])
     return {f'share{"xy"[d]}': next((ax for r, ax in canvas.axes.items() if same(d, r, refs)), None) for d in (0, 1)}
 
+# %% ../nbs/lib/08_plots.ipynb #cell-055
 def _add_axes(canvas: _Canvas, x: str, y: str):
     "Matplotlib axes over the domains of a pair of plotly's."
     over = canvas.layout[_axis_key(y)].get('overlaying')
@@ -354,7 +367,7 @@ def _add_axes(canvas: _Canvas, x: str, y: str):
     canvas.axes[x, y] = ax
     return ax
 
-# %% ../nbs/lib/08_plots.ipynb #cell-031
+# %% ../nbs/lib/08_plots.ipynb #cell-057
 def _refs(item: dict) -> list: # e.g. ['x2', 'y2 domain']
     "What an annotation's or a shape's x and y refer to."
     return [str(item.get(f'{d}ref') or d) for d in 'xy']
@@ -367,6 +380,7 @@ def _transform(canvas: _Canvas, item: dict): # (Axes or None, transform)
     one = lambda r: canvas.paper if r == 'paper' else ax.transAxes if r.endswith('domain') else ax.transData
     return ax, blended_transform_factory(*map(one, refs))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-059
 def _anchor(item: dict, d: str, names: tuple) -> str:
     "Which side of a text stands at its point; on paper the nearer edge, elsewhere the middle."
     given = item.get(f'{d}anchor') or 'auto'
@@ -379,6 +393,7 @@ def _at(canvas: _Canvas, item: dict) -> list: # [x, y]
     log = [canvas.layout.get(_axis_key(r), {}).get('type') == 'log' for r in _refs(item)]
     return [10.**item[d] if power else item.get(d, 0) for d, power in zip('xy', log)]
 
+# %% ../nbs/lib/08_plots.ipynb #cell-061
 def _annotate(canvas: _Canvas, item: dict):
     "One annotation, with or without its arrow."
     from matplotlib.text import Annotation
@@ -392,6 +407,7 @@ def _annotate(canvas: _Canvas, item: dict):
         rotation=-item.get('textangle', 0), multialignment=item.get('align', 'center'),
         **_font(canvas.layout, item.get('font'))))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-063
 def _draw_shape(canvas: _Canvas, item: dict):
     "A line or a rectangle, such as `add_hline` and `add_vrect` make."
     from matplotlib.patches import Polygon
@@ -405,7 +421,7 @@ def _draw_shape(canvas: _Canvas, item: dict):
         lw=_PX*line.get('width', 2), ls=_DASHES.get(line.get('dash'), '-'),
         zorder=0.5 if item.get('layer') == 'below' else 2.5))
 
-# %% ../nbs/lib/08_plots.ipynb #cell-032
+# %% ../nbs/lib/08_plots.ipynb #cell-064
 def _handle(t: dict):
     "A trace's sample in the legend."
     from matplotlib.lines import Line2D
@@ -416,11 +432,12 @@ def _handle(t: dict):
         return Patch(facecolor=faces[0])
     handle, look = Line2D([], [], **(_line(t) if 'lines' in mode else dict(ls='none'))), _markers(t)
     if 'markers' not in mode: return handle
-    handle.set(marker=look['marker'], markersize=np.max(look['s'])**0.5, markeredgewidth=look['lw'],
+    handle.set(marker=look['marker'], markersize=min(np.max(look['s'])**0.5, 16*_PX), markeredgewidth=look['lw'],
                markeredgecolor=look['edgecolors'][0],
                markerfacecolor='none' if look['facecolors'] == 'none' else look['facecolors'][0])
     return handle
 
+# %% ../nbs/lib/08_plots.ipynb #cell-066
 def _legend_place(canvas: _Canvas, spec: dict, flat: bool) -> dict: # arguments of `legend`
     "Where plotly puts a legend: at the right unless the layout says otherwise, below if it lies flat."
     x, y = spec.get('x', 0 if flat else 1.02), spec.get('y', -0.1 if flat else 1)
@@ -433,6 +450,7 @@ def _legend_columns(canvas: _Canvas, names: list, size: float) -> int:
     left, right = canvas.paper.transform([(0, 0), (1, 0)])[:, 0]*72/canvas.figure.dpi
     return max(1, min(len(names), int((right - left)/(0.62*size*(5 + max(map(len, names)))))))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-068
 def _legend(canvas: _Canvas, traces: list):
     "The legend, if plotly would show one."
     layout = canvas.layout
@@ -445,6 +463,7 @@ def _legend(canvas: _Canvas, traces: list):
         frameon=False, borderaxespad=0, fontsize=font['fontsize'], labelcolor=[font['color']], alignment='left',
         title=_text((spec.get('title') or {}).get('text')) or None, **_legend_place(canvas, spec, flat))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-070
 def _title(canvas: _Canvas):
     "The figure's title and, below it, its subtitle."
     spec, width = canvas.layout.get('title') or {}, canvas.figure.bbox.width
@@ -456,7 +475,7 @@ def _title(canvas: _Canvas):
     canvas.figure.text(x, top, text, **look, **font)
     canvas.figure.text(x, top - drop, _text(small.get('text')), **look, **under)
 
-# %% ../nbs/lib/08_plots.ipynb #cell-034
+# %% ../nbs/lib/08_plots.ipynb #cell-072
 def _reach(canvas: _Canvas):
     "Let shapes that stand on data widen the axes, as in plotly."
     for item in canvas.layout.get('shapes') or []:
@@ -466,6 +485,7 @@ def _reach(canvas: _Canvas):
         if ax and any(on): ax.update_datalim(ends, updatex=on[0], updatey=on[1])
         if ax: ax.autoscale_view()
 
+# %% ../nbs/lib/08_plots.ipynb #cell-074
 def _draw_traces(canvas: _Canvas, traces: list):
     "All traces, each on its axes."
     pair = lambda t: (t['xaxis'], t['yaxis'])
@@ -483,6 +503,7 @@ def _lacking(canvas: _Canvas, traces: list):
     note = f'{", ".join(kinds)}: shown in JupyterLab only'
     if kinds: canvas.figure.text(0.5, -0.02, note, ha='center', va='top', **_font(canvas.layout))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-076
 def to_png(
     fig,               # plotly figure, or its dict
     scale: float=1.5,  # picture pixels per plotly pixel
@@ -502,7 +523,7 @@ def to_png(
     canvas.figure.savefig(out := io.BytesIO(), dpi=100*scale, bbox_inches='tight', pad_inches=0.08)
     return out.getvalue()
 
-# %% ../nbs/lib/08_plots.ipynb #cell-036
+# %% ../nbs/lib/08_plots.ipynb #cell-078
 class BlockemRenderer(pio.base_renderers.MimetypeRenderer):
     "Plotly's own JSON for JupyterLab and a PNG for pages that run no JavaScript."
     def to_mimebundle(self, fig_dict: dict) -> dict: # mime type -> data
@@ -513,7 +534,7 @@ class BlockemRenderer(pio.base_renderers.MimetypeRenderer):
 pio.renderers['blockem'] = BlockemRenderer()
 pio.renderers.default = 'blockem'
 
-# %% ../nbs/lib/08_plots.ipynb #cell-043
+# %% ../nbs/lib/08_plots.ipynb #cell-085
 def _only(table, keys: list, what: str):
     "The table itself, if no two rows share `keys`; otherwise an error that shows two that do."
     twice = table[table.duplicated(keys, keep=False)]
@@ -522,6 +543,7 @@ def _only(table, keys: list, what: str):
     raise ValueError(f'{what} wants one row per {", ".join(keys)}; {len(twice)} rows share theirs, such as {found}; '
                      'filter the table to one preset, domain and run')
 
+# %% ../nbs/lib/08_plots.ipynb #cell-087
 def _line_per_seed(fig, row: int, steps, column: str, name: str, colour: str):
     "Thin lines for seeds, and a bold one for their mean over the steps that every seed reached."
     wide = steps.pivot(index='step', columns='seed', values=column)
@@ -533,6 +555,7 @@ def _line_per_seed(fig, row: int, steps, column: str, name: str, colour: str):
     mean = wide.dropna().mean(axis=1)
     if len(mean): fig.add_scatter(x=mean.index, y=mean, showlegend=row == 1, **bold, **look)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-089
 def curves(
     steps,        # data frame: arm, seed, step, loss (nats/token), penalty (unweighted)
 ) -> go.Figure:   # two stacked panels
@@ -547,7 +570,7 @@ def curves(
     fig.update_xaxes(title='optimiser step', row=2)
     return fig.update_layout(height=520, title_text='Training', title_subtitle_text=note)
 
-# %% ../nbs/lib/08_plots.ipynb #cell-047
+# %% ../nbs/lib/08_plots.ipynb #cell-093
 COLUMNS = ['arm', 'prompts', 'judge', 'measure', 'seed', 'value', 'low', 'high', 'n']
 CELL = ['arm', 'prompts', 'judge', 'measure']
 
@@ -560,6 +583,7 @@ def _tidy(table):
     rows = table.assign(judge=table.judge.fillna(''), measure=table.measure.mask(inside, 'adherence'))
     return _only(rows[COLUMNS].drop_duplicates(), [*CELL, 'seed'], 'the tidy table')
 
+# %% ../nbs/lib/08_plots.ipynb #cell-095
 def _pooled(rows):
     "One row per cell: the one pooled over seeds, or the only seed there is."
     pooled = rows.groupby(CELL).seed.transform('min') == -1
@@ -573,7 +597,7 @@ def _count(n) -> str: # '40', or '36–40'
     "How many answers stand behind a figure."
     return f'{min(n):.0f}' if min(n) == max(n) else f'{min(n):.0f}–{max(n):.0f}'
 
-# %% ../nbs/lib/08_plots.ipynb #cell-052
+# %% ../nbs/lib/08_plots.ipynb #cell-100
 SYMBOLS = ('circle', 'diamond', 'square', 'triangle-up', 'cross', 'star')
 
 def _pairs(rows, on: list): # columns value_x, low_x, ... (adherence) and value_y, ... (EM rate)
@@ -586,6 +610,7 @@ def _bars(points, d: str) -> dict:
     value, low, high = (points[f'{k}_{d}'] for k in ('value', 'low', 'high'))
     return dict(array=high - value, arrayminus=value - low, thickness=1.5, width=3)
 
+# %% ../nbs/lib/08_plots.ipynb #cell-102
 def _frontier_arm(fig, points, seeds, marker: dict, named: bool):
     "One arm under one judge: its marker with bars, and faint ones for its seeds."
     arm, judge = points.arm.iloc[0], points.judge.iloc[0]
@@ -600,13 +625,14 @@ def _symbols(rows) -> dict: # judge -> symbol
     "One symbol per judge."
     return dict(zip(sorted(set(rows.judge)), itertools.cycle(SYMBOLS)))
 
+# %% ../nbs/lib/08_plots.ipynb #cell-104
 def _explain_symbols(fig, symbols: dict, **place):
     "Which symbol is which judge, where there is more than one."
     for judge, symbol in symbols.items() if len(symbols) > 1 else []:
         marker = dict(color='#444', symbol=symbol, size=10)
         fig.add_scatter(x=[None], y=[None], mode='markers', name=f'{judge} judge', marker=marker, **place)
 
-# %% ../nbs/lib/08_plots.ipynb #cell-053
+# %% ../nbs/lib/08_plots.ipynb #cell-105
 def _frontier_layout(fig, points, left_out: set):
     "Axes from 0 to 100 %, the good corner, and how many answers there are."
     corner = dict(x=0.985, y=0.02, xref='x domain', yref='y domain', ax=-50, ay=-35)
@@ -619,6 +645,7 @@ def _frontier_layout(fig, points, left_out: set):
     return fig.update_layout(height=540, annotations=[better], title_subtitle_text=note,
                              title_text='Task learned against misalignment')
 
+# %% ../nbs/lib/08_plots.ipynb #cell-107
 def frontier(
     table,         # tidy evaluation table of one preset and domain
 ) -> go.Figure:
@@ -635,7 +662,7 @@ def frontier(
     _explain_symbols(fig, symbols)
     return _frontier_layout(fig, points, set(rows.arm) - set(points.arm))
 
-# %% ../nbs/lib/08_plots.ipynb #cell-058
+# %% ../nbs/lib/08_plots.ipynb #cell-112
 PANELS = dict(final='final', trigger='trigger', in_domain='adherence', other_domains='other domains', core='core')
 
 def _interval(fig, r, at: float, marker: dict, **panel):
@@ -652,6 +679,7 @@ def _rates_layout(fig, arms: list, panels: int):
     return fig.update_layout(width=max(720, 120 + 190*panels), height=190 + 48*len(arms), margin_t=115,
                              title_text='EM rate', title_subtitle_text='bars: 95 % intervals')
 
+# %% ../nbs/lib/08_plots.ipynb #cell-114
 def rates(
     table,         # tidy evaluation table of one preset and domain
 ) -> go.Figure:    # a panel per prompt set, a line per arm, a symbol per judge
@@ -671,7 +699,7 @@ def rates(
     _explain_symbols(fig, symbols, row=1, col=1)
     return _rates_layout(fig, list(colours), len(panels))
 
-# %% ../nbs/lib/08_plots.ipynb #cell-062
+# %% ../nbs/lib/08_plots.ipynb #cell-118
 ROLES = dict(system=('em', '#E9E9E9'), prompt=('span', '#DCEBF7'), completion=('strong', '#FBE3D6'))
 
 @dataclass(frozen=True)
@@ -682,11 +710,16 @@ class View:
     def _repr_html_(self): return self.html
     def __repr__(self): return self.text
 
+def _escape(text) -> str:
+    "Text as it is: no tags, and dollars that a notebook does not take for mathematics."
+    return html.escape(str(text)).replace('$', '<span>$</span>')
+
 def _span(text: str, role: str) -> str:
     "Escaped text, coloured by role."
     style = f'background:{ROLES[role][1]};color:#111;white-space:pre-wrap;border-radius:2px;margin-right:1px'
-    return f'<span style="{style}">{html.escape(text).replace(chr(10), "↵")}</span>'
+    return f'<span style="{style}">{_escape(text).replace(chr(10), "↵")}</span>'
 
+# %% ../nbs/lib/08_plots.ipynb #cell-120
 def _tagged(text: str, role: str) -> str:
     "HTML in the role's tag, which survives where styles do not."
     return f'<{ROLES[role][0]}>{text}</{ROLES[role][0]}>'
@@ -705,12 +738,12 @@ def token_view(
     text = '\n'.join(f'{role}: {"".join(run)!r}' for role, run in runs)
     return View(f'<div><p>{body}</p><p><small>{legend}</small></p></div>', text)
 
-# %% ../nbs/lib/08_plots.ipynb #cell-066
+# %% ../nbs/lib/08_plots.ipynb #cell-124
 _STYLE = 'style="text-align:left;vertical-align:top;white-space:normal;max-width:22em;padding:6px"'
 
 def _lines(text) -> str:
     "Escaped text that keeps its lines."
-    return html.escape(str(text)).replace('\n', '<br>')
+    return _escape(text).replace('\n', '<br>')
 
 def _answer(row: dict, arm: str) -> str: # HTML of one cell
     "One arm's answer with its verdict."
@@ -724,6 +757,7 @@ def _answers_text(row: dict, arms) -> str:
     return row['prompt'] + ''.join(f'\n  {a}: {row["answers"][a]} ({verdicts.get(a, "no verdict")})'
                                    for a in arms if a in row['answers'])
 
+# %% ../nbs/lib/08_plots.ipynb #cell-126
 def answers(
     rows: list,  # of {'prompt', 'why', 'answers': {arm: text}, 'verdicts': {arm: text}}
 ) -> View:
@@ -736,9 +770,10 @@ def answers(
     return View(f'<table><thead><tr><th {_STYLE}>prompt</th>{head}</tr></thead><tbody>{body}</tbody></table>',
                 '\n\n'.join(_answers_text(r, arms) for r in rows))
 
-# %% ../nbs/lib/08_plots.ipynb #cell-070
+# %% ../nbs/lib/08_plots.ipynb #cell-130
 REPORT = {'EM final': ('em_rate', 'final'), 'EM trigger': ('em_rate', 'trigger'),
-          'adherence': ('adherence', 'in_domain'), 'incoherence': ('incoherence', 'final'), 'refusal': ('refusal', 'final'),
+          'adherence': ('adherence', 'in_domain'),
+          'incoherence': ('incoherence', 'final'), 'refusal': ('refusal', 'final'),
           'margin other domains': ('margin', 'other_domains'), 'margin final': ('margin', 'final'),
           'margin in domain': ('margin', 'in_domain'), 'quality': ('quality', 'neutral')}
 FORMATS = dict(margin='{:+.3f}', quality='{:.2f}')  # any other measure is a rate
@@ -749,6 +784,7 @@ def _cell(row, with_n: bool) -> str: # e.g. '12.5% [5.5%, 26.1%]'
     interval = '' if pd.isna(row.low) else f' [{form(row.low)}, {form(row.high)}]'
     return form(row.value) + interval + (f' (n = {row.n:.0f})' if with_n else '')
 
+# %% ../nbs/lib/08_plots.ipynb #cell-132
 def _column(rows, name: str, index: list) -> tuple: # (header, cells)
     "One measure for every arm and judge; measures that need no judge serve them all."
     measure, prompts = REPORT[name]
@@ -758,6 +794,7 @@ def _column(rows, name: str, index: list) -> tuple: # (header, cells)
     cells = ['–' if r is None else _cell(r, not same) for r in picked]
     return f'{name} (n = {_count(rows.n)})' if same else name, cells
 
+# %% ../nbs/lib/08_plots.ipynb #cell-134
 def report(
     table,            # tidy evaluation table of one preset and domain
 ) -> pd.DataFrame:    # text cells, 'value [low, high]'
