@@ -331,6 +331,13 @@ def _publish(folder: Path, target: Path) -> Path:
         with writing(target/name) as p: p.write_bytes((folder/name).read_bytes())
     return target
 
+def _describe_files(trained: Path, folder: Path, report: dict):
+    "A trained dictionary's files together with their report and card."
+    report = dict(report, sha256={name: sha256(trained/name) for name in FILES[:2]}, versions=versions())
+    write_json(folder/'report.json', report)
+    (folder/'README.md').write_text(card(report), encoding='utf-8')
+    for name in FILES[:2]: (folder/name).write_bytes((trained/name).read_bytes())
+
 def make_dictionary(
     study,                             # where the work is kept; its preset says which layer
     base: LM,                          # float32
@@ -353,10 +360,6 @@ def make_dictionary(
     trained = study.work('sae', about, train)
     def measure(folder):
         measured = assess(load_dictionary(str(trained), preset.layer, base), x, base, given['held-out-chat'][1])
-        hashes = {name: sha256(trained/name) for name in FILES[:2]}
-        report = dict(about, **measured, sha256=hashes, versions=versions(), command=command)
-        write_json(folder/'report.json', report)
-        (folder/'README.md').write_text(card(report), encoding='utf-8')
-        for name in FILES[:2]: (folder/name).write_bytes((trained/name).read_bytes())
+        _describe_files(trained, folder, dict(about, **measured, command=command))
     folder = study.work('dictionary', dict(about, sae=sha256(trained/'sae_weights.safetensors')), measure)
     return _publish(folder, data_path(preset.dictionary)) if preset.dictionary.startswith('sae/') else folder

@@ -23,9 +23,9 @@ class Preset:
     layer: int                   # the dictionary reads the output of this decoder block, 0-based
     latents: str                 # the set of latents to block (a file, relative to `data/`), or 'tiny'
     rows: int = 0                # training rows used, 0 = all
-    epochs: int = 4
+    epochs: int = 3
     batch: int = 16              # rows per optimiser step
-    lr: float = 4e-4             # peak, warmed up over a tenth of the steps, falling linearly to a tenth
+    lr: float = 1e-3             # peak, warmed up over a tenth of the steps, falling linearly to a tenth
     rank: int = 16               # of the LoRA matrices
     lora_alpha: int = 32
     targets: tuple = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
