@@ -374,7 +374,7 @@ def make_latents(
     dictionary: Dictionary,
     n: int=20,
     command: str='',        # how a person would make this again
-) -> LatentSet:
+) -> Path:              # folder with latents.json and ranking.parquet
     "Rank all latents on the core prompts and keep the n best; made once per pair of models and dictionary."
     facts = dict(model=base.name, prompts_sha256=sha256(data_path('prompts', 'core.jsonl')), **dictionary.facts)
     models = dict(base=weights_id(base.model), tuned=weights_id(tuned.model))
@@ -386,4 +386,4 @@ def make_latents(
         with writing(folder/'ranking.parquet') as p: p.write_bytes(ranked.read_bytes())
         extra = dict(command=command, ranking_sha256=sha256(ranked), **models)
         choose_latents(pd.read_parquet(ranked), n, **facts, **extra).save(folder/'latents.json')
-    return load_latents(study.work('latents', facts | models | dict(n=n), keep)/'latents.json', dictionary)
+    return study.work('latents', facts | models | dict(n=n), keep)
