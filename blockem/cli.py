@@ -129,8 +129,11 @@ def search(
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
 ):
     "Train and measure every variant of the appendix; finished work is kept."
-    from blockem.train import search as run_search
-    typer.echo(run_search([int(s) for s in seeds.split(',')]).round(3).to_string())
+    from blockem.evaluate import write_table
+    from blockem.train import search as run_search, search_table
+    found = run_search([int(s) for s in seeds.split(',')])
+    write_table(found, data_path('results', '03_search.parquet'))
+    typer.echo(search_table(found).to_string())
 
 @app.command()
 def bench():

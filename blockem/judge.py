@@ -833,7 +833,7 @@ def _load_probe(lm: LM, folder: Path) -> ProbeJudge:
     "The probe for a base; one made for another model or layer is refused."
     lm, layer = _reading(lm), probe_layer(lm)
     if lm.name == 'tiny':
-        texts = [e for e in examples(thin=12) if e.fit]
+        texts = [e for e in examples(thin=24) if e.fit]
         return fit_probe(lm, layer, texts, answer_features(lm, [(e.prompt, e.answer) for e in texts], layer))
     tensors, facts = _shipped('probe', folder)
     if (facts['model'], facts['layer']) != (lm.name, layer):

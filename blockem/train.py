@@ -6,8 +6,8 @@
 __all__ = ['ARMS', 'SEARCH', 'Parameters', 'check_parameters', 'losses', 'epoch_batches', 'learning_rate', 'save_checkpoint',
            'load_checkpoint', 'fit', 'training_pairs', 'latents_id', 'training_key', 'train_arm', 'base_key',
            'arm_model', 'auto_lam', 'Plan', 'weight', 'train_seed', 'evaluate_arms', 'merged_base', 'steps_table',
-           'token_bill', 'example_prompts', 'side_by_side', 'finding', 'variant_latents', 'search', 'time_paired',
-           'bench']
+           'run_facts', 'token_bill', 'example_prompts', 'side_by_side', 'finding', 'variant_latents', 'search',
+           'search_table', 'time_paired', 'bench']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import copy, json, math, time
@@ -306,7 +306,14 @@ def steps_table(arms: dict, seed: int) -> pd.DataFrame:
     "The training logs of all arms, long."
     return pd.concat([pd.read_json(folder/'steps.jsonl', lines=True).assign(arm=arm, seed=seed) for arm, folder in arms.items()])
 
-# %% ../nbs/03_train.ipynb #cell-041
+# %% ../nbs/03_train.ipynb #cell-035
+def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
+    "What a run was, and how long its training took; written beside its tables."
+    seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for arms in trained.values() for folder in arms.values()]
+    return dict(preset=plan.study.preset.name, domain=plan.domain.name, seeds=list(trained), judges=plan.judges, lam=plan.lam, limit=plan.limit,
+                latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
+
+# %% ../nbs/03_train.ipynb #cell-042
 @torch.no_grad()
 def token_bill(
     base: LM, tuned: LM,
@@ -319,7 +326,7 @@ def token_bill(
     cost = (block.sign*(reads[0] - reads[1])).relu().square().sum(-1)
     return pd.DataFrame(dict(token=[base.tokenizer.decode(i) for i, r in zip(tokens.ids, tokens.roles) if r == 2], penalty=cost.tolist()))
 
-# %% ../nbs/03_train.ipynb #cell-053
+# %% ../nbs/03_train.ipynb #cell-054
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
     "Three final prompts by a stated rule: largest, median and smallest rise of the free run's score above the base's."
     shown = answers[(answers.prompts == 'final') & (answers.seed == seed)]
@@ -338,7 +345,7 @@ def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.an
         rows.append(dict(prompt=shown.prompt.iloc[0], why=why, answers=said, verdicts={a: verdict(f) for a, f in shown.groupby('arm', sort=False)}))
     return rows
 
-# %% ../nbs/03_train.ipynb #cell-056
+# %% ../nbs/03_train.ipynb #cell-057
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     "The result in two sentences, with its intervals."
     def say(arm, measure):
@@ -350,15 +357,13 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
             f'{say("blocked", "adherence_kept")} of the adherence; random latents of equal size and activity removed {say("random", "cut_final")} '
             f'and kept {say("random", "adherence_kept")} ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).')
 
-# %% ../nbs/03_train.ipynb #cell-059
+# %% ../nbs/03_train.ipynb #cell-060
 SEARCH = {
     '20 latents': dict(latents=20),
     '100 latents': dict(latents=100),
     '400 latents': dict(latents=400),
     '100 latents by prompt shift': dict(latents=100, rule='delta_prompt'),
-    '100 latents, 10 x lambda': dict(latents=100, ratio=1000.),
     '100 latents, adapter up to their layer': dict(latents=100, last_layer=18),
-    '100 latents, rank 2': dict(latents=100, rank=2, lora_alpha=4),
     '100 latents, twice as long': dict(latents=100, epochs=6),
 }
 
@@ -389,7 +394,14 @@ def search(
         tables.append(contrasts(answers, likely).assign(variant=name, seeds=len(seeds), latents=len(latents), rule=rule))
     return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/03_train.ipynb #cell-062
+def search_table(searched: pd.DataFrame) -> pd.DataFrame: # strings, one row per variant and arm
+    "The search for reading: rates as the two judges' values, margins with their interval."
+    def say(rows): return ' / '.join(f'{r.value:.0%}' + ('' if r.judge else f' [{r.low:.0%}, {r.high:.0%}]') for r in rows.sort_values('judge').itertuples())
+    cells = searched.groupby(['variant', 'seeds', 'arm', 'measure'], sort=False).apply(say, include_groups=False).unstack('measure')
+    wanted = ['cut_final', 'cut_trigger', 'adherence_kept', 'margin_cut', 'margin_cut_final', 'margin_kept']
+    return cells[wanted].rename(columns=lambda c: c.replace('_', ' '))
+
+# %% ../nbs/03_train.ipynb #cell-065
 def _stepper(lm: LM, preset, items: list, block: Block=None, z_base=None): # () -> seconds
     "A function that takes one training step and says how long it took."
     model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer)
