@@ -21,6 +21,7 @@ run: $(READY) ## fine-tune DOMAIN with and without the block, evaluate both, wri
 test: export IN_TEST = 1
 test: export HF_HUB_OFFLINE = 1
 test: export TOKENIZERS_PARALLELISM = false
+test: export OMP_NUM_THREADS = 1
 test: $(READY) ## run every notebook as a test (WORKERS at a time), then pytest; needs no network
 	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
 	$(BIN)/python -m pytest -q tests $(ARGS)

@@ -359,8 +359,8 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
 
 # %% ../nbs/03_train.ipynb #cell-060
 SEARCH = {
-    '20 latents': dict(latents=20),
     '100 latents': dict(latents=100),
+    '20 latents': dict(latents=20),
     '400 latents': dict(latents=400),
     '100 latents by prompt shift': dict(latents=100, rule='delta_prompt'),
     '100 latents, adapter up to their layer': dict(latents=100, last_layer=18),
