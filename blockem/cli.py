@@ -37,7 +37,7 @@ def run(
     from blockem.train import check_parameters
     given = dict(domain=domain) | {k: _resolve_type(v) for k, v in (s.split('=', 1) for s in set_)}
     checked = check_parameters(given)
-    folder = project_root()/(checked.study or f'runs/train-{Path(domain).stem}')
+    folder = project_root()/checked.folder
     folder.mkdir(parents=True, exist_ok=True)
     out = folder/'03_train.ipynb'
     execute_notebook(str(project_root()/'nbs/03_train.ipynb'), str(out), given, cwd=str(project_root()), log_output=True)

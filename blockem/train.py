@@ -52,6 +52,12 @@ class Parameters(BaseModel):
         try: return [int(s) for s in str(self.seeds).split(',')]
         except ValueError: raise ValueError(f"seeds must be integers with commas between, e.g. '0,1,2'; found {self.seeds!r}") from None
 
+    @property
+    def folder(self) -> str:
+        "Where everything computed goes."
+        preset = get_preset(self.preset).name
+        return self.study or f'runs/train-{Path(self.domain).stem}' + ('' if preset == 'smollm2' else f'-{preset}')
+
     def validate_names(self):
         "Stop at a domain, preset, judge or latent set that does not exist."
         choose(self.preset, PRESETS, 'preset') if not self.preset.endswith('.toml') else get_preset(self.preset)
