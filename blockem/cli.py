@@ -48,7 +48,7 @@ def _discovery():
     "The study in which the shipped artefacts are made, and the base model."
     from blockem.models import load_model
     from blockem.study import Study
-    study = Study.open(DISCOVERY, 'smollm2')
+    study = Study.open(DISCOVERY, 'smollm2', epochs=3, last_layer=-1)  # an ordinary organism: a short run, adapters in every block
     return study, load_model(study.preset.model)
 
 def _organism(study, base):
