@@ -366,12 +366,11 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
 # %% ../nbs/03_train.ipynb #cell-060
 EVERYWHERE, UP_TO = dict(last_layer=-1, epochs=3), dict(last_layer=18, epochs=3)  # adapters in every block, or up to the latents' own
 SEARCH = {
-    'all blocks, 100 latents by prompt shift': dict(latents=100, rule='delta_prompt', **EVERYWHERE),
     'all blocks, 20 latents': dict(latents=20, **EVERYWHERE),
     'all blocks, 100 latents': dict(latents=100, **EVERYWHERE),
+    'all blocks, 400 latents': dict(latents=400, **EVERYWHERE),
     'up to the layer, 100 latents': dict(latents=100, **UP_TO),
     'up to the layer, 100 latents, 6 epochs': dict(latents=100, **UP_TO | dict(epochs=6)),
-    'up to the layer, 100 latents, 6 epochs, 10 x lambda': dict(latents=100, **UP_TO | dict(epochs=6, ratio=1000.)),
 }
 
 def variant_latents(ranking: pd.DataFrame, dictionary, n: int, rule: str) -> LatentSet:
