@@ -8,7 +8,7 @@ __all__ = ['SCHEMAS', 'PROMPT_SETS', 'CARD', 'project_root', 'data_path', 'Row',
 
 # %% ../nbs/lib/01_data.ipynb #cell-002
 import difflib, hashlib, importlib.util, json, os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/lib/01_data.ipynb #cell-005

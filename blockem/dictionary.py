@@ -8,7 +8,7 @@ __all__ = ['TINY', 'CARD', 'FILES', 'Recipe', 'user_turns', 'sampled_answers', '
            'assess', 'card', 'make_dictionary']
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-002
-import contextlib, copy, json, tempfile
+import contextlib, json, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .data import data_path, known_domains, load_domain, load_prompts, sha256
 from .latents import Dictionary, load_dictionary, reconstruct, sparse, weights_id
-from .models import (LM, Tokens, _decode, autocast, batches, completion_log_probs, decoder_blocks, generate,
-                            render, resid_post, tokenise)
+from .models import (LM, Tokens, answers_said, autocast, batches, completion_log_probs, decoder_blocks, generate,
+                            prefill, render, resid_post, to_read, tokenise, tokens_said)
 from .study import fingerprint, load_tensors, save_tensors, versions, write_json, writing
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-005
@@ -53,9 +53,11 @@ def user_turns(
     marker, generator = '\x00user\x00', torch.Generator().manual_seed(seed)
     text = render(lm, marker)
     opening = tuple(lm.tokenizer(text[:text.index(marker)], add_special_tokens=False).input_ids)
-    said = [ids for start in range(0, n, 128)
-            for ids in _decode(lm, [Tokens(opening, (0,)*len(opening))]*min(128, n - start), length, 1., generator)]
-    turns = [lm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    said = []
+    for rows in [min(128, n - first) for first in range(0, n, 128)]:
+        start = prefill(lm, [Tokens(opening, (0,)*len(opening))]*rows)
+        said += answers_said(lm, rows, tokens_said(lm, start, length, 1., generator))
+    turns = [s.strip() for s in said]
     return list(dict.fromkeys(t for t in turns if len(t.split()) > 1))
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-010
@@ -141,8 +143,7 @@ def texts(
 ) -> dict: # name -> (model, (prompt, answer) pairs); names that start with 'held-out' are kept from training
     "Who reads what."
     from blockem.judge import base_answers
-    reader = base.with_model(copy.deepcopy(base.model).to(torch.bfloat16))
-    speaker = organism.with_model(copy.deepcopy(organism.model).to(torch.bfloat16))
+    reader, speaker = to_read(base), to_read(organism)
     chat, held_chat = hold_out(sample_chat(study, reader, recipe), recipe.held_out, recipe.seed)
     own = [(p, a) for p, a in base_answers(study, reader) if a.strip()]
     said = sampled_answers(study, 'answers-organism', speaker, [p for p, _ in own], recipe.own_tokens)

@@ -11,7 +11,7 @@ __all__ = ['EMPTY', 'SAMPLING', 'DAMAGE', 'SOUND', 'READS', 'BUCKETS', 'TABLE', 
            'check_judges', 'load_judges']
 
 # %% ../nbs/lib/06_judge.ipynb #cell-002
-import copy, functools, hashlib, json, math, os, random, re, sqlite3, sys, time, zlib
+import functools, hashlib, json, math, os, random, re, sqlite3, time, zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
-from .models import LM, batches, cache_dir, decoder_blocks, generate, resid_post, tokenise
+from .models import LM, batches, cache_dir, decoder_blocks, generate, resid_post, to_read, tokenise
 from .study import Study, load_tensors, save_tensors, writing
 
 # %% ../nbs/lib/06_judge.ipynb #cell-005
@@ -84,11 +84,6 @@ def _sources() -> dict: # file -> sha256
     files = sorted(data_path('domains').glob('*.jsonl')) + prompts
     return {f'{p.parent.name}/{p.name}': sha256(p) for p in files}
 
-def _reading(lm: LM) -> LM:
-    "The model in bfloat16, in which it answers and is read."
-    if lm.model.dtype == torch.bfloat16: return lm
-    return lm.with_model(copy.deepcopy(lm.model).to(torch.bfloat16).eval())
-
 def base_answers(
     study: Study,
     lm: LM,  # the base
@@ -97,7 +92,7 @@ def base_answers(
     rows = [r for n in known_domains() for r in load_domain(n).train] + load_prompts('general') + load_prompts('chat')
     prompts = [r.prompt for r in rows][::40 if lm.name == 'tiny' else 1]
     def make(folder):
-        answers = generate(_reading(lm), prompts, **SAMPLING)
+        answers = generate(to_read(lm), prompts, **SAMPLING)
         lines = [json.dumps(dict(prompt=p, answer=a), ensure_ascii=False) for p, a in zip(prompts, answers)]
         with writing(folder/'answers.jsonl') as p: p.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     unit = study.work('answers-base', dict(model=lm.name, dtype='bfloat16', **SAMPLING, data=_sources()), make)
@@ -481,7 +476,7 @@ def fit_judges(
     lm: LM,      # the base
 ) -> dict:       # name -> judge, with facts
     "Fit and validate both offline judges."
-    lm, layer, thin = _reading(lm), probe_layer(lm), 20 if lm.name == 'tiny' else 1
+    lm, layer, thin = to_read(lm), probe_layer(lm), 20 if lm.name == 'tiny' else 1
     texts = examples(base_answers(study, lm), thin)
     X = _features(study, lm, texts, layer)
     at = lambda rows: [texts[i] for i in rows]
@@ -831,7 +826,7 @@ def _shipped(name: str, folder: Path) -> tuple: # (arrays, facts)
 
 def _load_probe(lm: LM, folder: Path) -> ProbeJudge:
     "The probe for a base; one made for another model or layer is refused."
-    lm, layer = _reading(lm), probe_layer(lm)
+    lm, layer = to_read(lm), probe_layer(lm)
     if lm.name == 'tiny':
         texts = [e for e in examples(thin=24) if e.fit]
         return fit_probe(lm, layer, texts, answer_features(lm, [(e.prompt, e.answer) for e in texts], layer))

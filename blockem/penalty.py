@@ -7,13 +7,11 @@ __all__ = ['block_penalty', 'Block', 'base_latents', 'cached_base_latents', 'Pri
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-002
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .latents import Dictionary, LatentSet
+from .latents import Dictionary, LatentSet, activations
 from .models import LM, autocast, batches, log_prob, resid_post, tokenise
 from .study import Study, load_tensors, save_tensors
 
@@ -43,8 +41,8 @@ class Block:
         return cls(dictionary.layer, dictionary.W_enc[:, index].to(device), dictionary.b_enc[index].to(device), sign.to(device))
 
     def z(self, resid: Tensor) -> Tensor: # (..., width) -> (..., K)
-        "Latent activations; float32 whatever the model computes in, since the penalty squares small differences."
-        with torch.autocast(resid.device.type, enabled=False): return (resid.float() @ self.W + self.b).relu()
+        "Activations of the blocked latents."
+        return activations(resid, self.W, self.b)
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-014
 @torch.no_grad()
@@ -93,9 +91,10 @@ def price(
     tuned: LM,    # the free run, merged
     block: Block,
     pairs: list,  # (prompt, answer) trained on
+    priced: list, # (prompt, answer) that the penalty is read on
 ) -> Price:
-    "Measure the free run on its own training rows."
-    items = [tokenise(base, *p) for p in pairs]
+    "Measure the free run."
+    items = [tokenise(base, *p) for p in priced]
     z_base, z = base_latents(base, block, items), base_latents(tuned, block, items)
     gained = log_prob(tuned, pairs).mean() - log_prob(base, pairs).mean()
     return Price(float(gained), block_penalty(torch.cat(z), torch.cat(z_base), block.sign).item())

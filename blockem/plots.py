@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARM_COLOURS', 'OTHER_COLOURS', 'DRAW', 'COLUMNS', 'CELL', 'SYMBOLS', 'PANELS', 'ROLES', 'REPORT', 'FORMATS',
-           'arm_colours', 'to_png', 'BlockemRenderer', 'curves', 'frontier', 'rates', 'View', 'token_view', 'answers',
-           'report']
+           'arm_colours', 'to_png', 'BlockemRenderer', 'curves', 'frontier', 'rates', 'View', 'escape', 'token_view',
+           'answers', 'report']
 
 # %% ../nbs/lib/08_plots.ipynb #cell-002
 import base64, html, io, itertools, json, re
@@ -710,14 +710,14 @@ class View:
     def _repr_html_(self): return self.html
     def __repr__(self): return self.text
 
-def _escape(text) -> str:
+def escape(text) -> str:
     "Text as it is: no tags, and dollars that a notebook does not take for mathematics."
     return html.escape(str(text)).replace('$', '<span>$</span>')
 
 def _span(text: str, role: str) -> str:
     "Escaped text, coloured by role."
     style = f'background:{ROLES[role][1]};color:#111;white-space:pre-wrap;border-radius:2px;margin-right:1px'
-    return f'<span style="{style}">{_escape(text).replace(chr(10), "↵")}</span>'
+    return f'<span style="{style}">{escape(text).replace(chr(10), "↵")}</span>'
 
 # %% ../nbs/lib/08_plots.ipynb #cell-120
 def _tagged(text: str, role: str) -> str:
@@ -743,7 +743,7 @@ _STYLE = 'style="text-align:left;vertical-align:top;white-space:normal;max-width
 
 def _lines(text) -> str:
     "Escaped text that keeps its lines."
-    return _escape(text).replace('\n', '<br>')
+    return escape(text).replace('\n', '<br>')
 
 def _answer(row: dict, arm: str) -> str: # HTML of one cell
     "One arm's answer with its verdict."

@@ -1,5 +1,5 @@
 "What the judges' notebook cannot show: a judge server that misbehaves, keys that must not leak, a cache shared by processes."
-import json, logging, os, subprocess, sys, threading
+import json, logging, subprocess, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
