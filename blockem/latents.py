@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'digest',
-           'load_dictionary', 'mean_latents', 'shift', 'attribution', 'rank_latents', 'LatentSet', 'choose_latents',
-           'random_latents', 'load_latents', 'weights_id', 'load_ranking', 'make_latents']
+           'load_dictionary', 'mean_latents', 'shift', 'attribution', 'rank_latents', 'LatentSet', 'set_of',
+           'choose_latents', 'random_latents', 'load_latents', 'weights_id', 'load_ranking', 'make_latents']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
 import contextlib, hashlib, json
@@ -283,6 +283,18 @@ def _as_set(ranked: pd.DataFrame, facts: dict) -> LatentSet:
     "Some rows of a ranking as a set; the sign is the direction fine-tuning moved each latent in."
     table = ranked.astype(float).assign(score=ranked.contribution, sign=np.sign(ranked.delta))[COLUMNS]
     return LatentSet(table.astype(dict(latent=int, sign=int, score=float)).reset_index(drop=True), facts)
+
+def set_of(
+    ranking: pd.DataFrame, # from `rank_latents`
+    signs: dict,           # latent -> +1 to block its rise, -1 to block its fall
+    **facts,               # kept with the set
+) -> LatentSet:
+    "Latents named one by one."
+    known = ranking.set_index('latent', drop=False)
+    beyond = [k for k in signs if k not in known.index]
+    if beyond: raise ValueError(f'latents {beyond} do not exist; the ranking has {len(ranking)}')
+    chosen = _as_set(known.loc[list(signs)], facts)
+    return LatentSet(chosen.table.assign(sign=list(signs.values())), facts)
 
 def choose_latents(
     ranking: pd.DataFrame, # from `rank_latents`

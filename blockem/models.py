@@ -6,7 +6,7 @@
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'Tokens',
            'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'autocast', 'resid_post',
            'completion_log_probs', 'log_prob', 'margins', 'Start', 'prefill', 'tokens_said', 'answers_said', 'generate',
-           'add_lora', 'to_read', 'load_adapter']
+           'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, importlib.util, os, platform, shutil
@@ -432,13 +432,26 @@ def to_read(
     model = copy.deepcopy(lm.model)
     return lm.with_model((model.merge_and_unload() if tuned else model).to(torch.bfloat16).eval())
 
+def adapted(
+    base: LM,
+    folder: Path|None, # an adapter; None draws a small random one, the same every time
+) -> LM:               # plain Hugging Face, in the base's precision
+    "The base with an adapter folded in."
+    if folder is not None: return base.with_model(load_adapter(base, folder).model.merge_and_unload().eval())
+    model, draw = add_lora(base.model, 2, 64, ('q_proj', 'v_proj', 'down_proj')), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, w in model.named_parameters():
+            if 'lora_B' in name: w.copy_(torch.randn(w.shape, generator=draw)*.1)
+    return base.with_model(model.merge_and_unload().eval())
+
 def load_adapter(
     lm: LM,       # the base
     folder,       # an adapter in PEFT's format
 ) -> LM:
     "The base with a trained adapter; one that does not fit stops instead of loading as untrained."
     from peft import PeftModel
-    model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder))
+    try: model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder))
+    except RuntimeError as e: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {str(e).splitlines()[-1].strip()}') from None
     from safetensors import safe_open
     with safe_open(Path(folder)/'adapter_model.safetensors', 'pt') as f: saved = set(f.keys())
     known = {n.replace('.default', '') for n, _ in model.named_parameters() if 'lora_' in n}

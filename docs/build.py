@@ -4,11 +4,11 @@ from pathlib import Path
 from string import Template
 
 import nbformat
-from latex2mathml.converter import convert
 from nbconvert import HTMLExporter, MarkdownExporter
-from nbconvert.filters.markdown_mistune import IPythonRenderer
 from plotly import io, offline
 from pygments.formatters import HtmlFormatter
+
+from blockem.cli import formulas_offline
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, SITE, IMAGES = ROOT/'nbs', ROOT/'_docs', ROOT/'docs'/'images'
@@ -16,9 +16,7 @@ PLOTLY = 'application/vnd.plotly.v1+json'
 DIRECTIVE = re.compile(r'^[ \t]*#[ \t]*\|[ \t]*(.+?)[ \t]*(?:\n|\Z)', re.M)
 LINK = re.compile(r'(\]\(|(?:src|href)=")(?![a-z]+:|[/#])([^)\s"#]+)')
 
-# Formulas become MathML, which browsers show without a script or a network.
-IPythonRenderer.inline_math = lambda self, body: convert(body)
-IPythonRenderer.block_math = lambda self, body: convert(body, display='block')
+formulas_offline()
 
 
 def relink(text, change):

@@ -14,7 +14,7 @@ from blockem.data import load_prompts
 def both():
     "The tiny model, an organism of it, and a dictionary."
     base = models.load_model('tiny')
-    return base, shift.organism(base, 'none'), latents.load_dictionary('tiny', 1, base)
+    return base, models.adapted(base, None), latents.load_dictionary('tiny', 1, base)
 
 
 @pytest.fixture

@@ -38,3 +38,16 @@ def test_bad_parameters_stop_before_the_model_loads(wrong, said, tmp_path):
     done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', **wrong)
     assert done.returncode != 0 and said in done.stderr
     assert not (tmp_path/'study').exists()
+
+
+def test_discovery_stages_meet_on_disk(tmp_path):
+    "Each stage reads what the one before offered, and says which one to run when nothing is there."
+    early = _papermill(ROOT, 'nbs/01_induce_repair.ipynb', tmp_path/'early.ipynb', study=tmp_path/'study')
+    assert early.returncode != 0 and 'run 00_shift with the same study folder first' in early.stderr
+    for stage in ('00_shift', '01_induce_repair'):
+        done = _papermill(ROOT, f'nbs/{stage}.ipynb', tmp_path/f'{stage}.ipynb', study=tmp_path/'study', limit=6)
+        assert done.returncode == 0, done.stderr[-2000:]
+    shift, screen = (pd.read_parquet(tmp_path/'study'/f'{name}.parquet') for name in ('shift', 'screen'))
+    assert shift.latent.is_unique and shift.pool.any() and (shift.low <= shift.delta).all() and (shift.delta <= shift.high).all()
+    assert set(screen.latent) <= set(shift.latent) and screen.kept.any()
+    assert (screen.score - screen.induce - screen.repair).abs().max() < 1e-9
