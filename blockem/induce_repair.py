@@ -24,8 +24,8 @@ from .steer import WHERE, steered_answers
 class Parameters(Discovery):
     "What a run of this notebook can be told."
     screened: int = Field(32, ge=1)
-    induce: float = Field(.3, gt=0)
-    repair: float = Field(.3, gt=0)
+    induce: float = Field(.5, gt=0)
+    repair: float = Field(.4, gt=0)
     keep: int = Field(20, ge=1)
     where: str = 'response'
     judge: str = 'lexical'
