@@ -36,7 +36,7 @@ class Parameters(Discovery):
         if len(check_judges(self.judge)) > 1: raise ValueError(f'judge {self.judge!r}: one judge selects; keep the other for the results')
         return super().validate_names()
 
-# %% ../nbs/01_induce_repair.ipynb #cell-011
+# %% ../nbs/01_induce_repair.ipynb #cell-013
 def attribute(
     base: LM, tuned: LM,
     dictionary: Dictionary,
@@ -60,7 +60,7 @@ def pick(
     sign = lambda k: int(np.sign(moved.delta_answer[k] if k in best else moved.delta[k]) or 1)
     return pd.DataFrame(dict(latent=k, sign=sign(k), by=by(k)) for k in chosen)
 
-# %% ../nbs/01_induce_repair.ipynb #cell-014
+# %% ../nbs/01_induce_repair.ipynb #cell-016
 def judged(
     answers: pd.DataFrame, # columns id, prompt, answer
     judge,
@@ -104,7 +104,7 @@ def gains(
     table = pd.DataFrame.from_dict(columns, orient='index').rename_axis('latent')
     return table.assign(score=table.induce + table.repair)
 
-# %% ../nbs/01_induce_repair.ipynb #cell-021
+# %% ../nbs/01_induce_repair.ipynb #cell-023
 def induce_repair_plot(
     table: pd.DataFrame, # indexed by latent, from `gains`, with a column sign
     notes: dict,         # latent -> what to say on hover
@@ -121,7 +121,7 @@ def induce_repair_plot(
     fig.update_xaxes(title='misaligned answers induced in the base', tickformat='+.0%').update_yaxes(title='repaired in the tuned model', tickformat='+.0%')
     return fig.update_layout(title_text='Cause and cure', title_subtitle_text=f'{len(table)} candidates')
 
-# %% ../nbs/01_induce_repair.ipynb #cell-026
+# %% ../nbs/01_induce_repair.ipynb #cell-028
 def worth(
     table: pd.DataFrame, # indexed by latent: score, attribution, delta
     top: int=10,
@@ -134,7 +134,7 @@ def worth(
         rows.append(dict(ranking=name, rho=value, low=low, high=high, n=len(table)) | found)
     return pd.DataFrame(rows)
 
-# %% ../nbs/01_induce_repair.ipynb #cell-029
+# %% ../nbs/01_induce_repair.ipynb #cell-031
 def shortlist(
     table: pd.DataFrame, # indexed by latent, from `gains`
     keep: int,
