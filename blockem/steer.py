@@ -118,6 +118,7 @@ def _answer(lm: LM, items: list, rows: list, length: int, read, steering) -> lis
 @torch.inference_mode()
 def _grid(lm: LM, items: list, todo: list, length: int, rows: int, steering=None) -> list: # of str
     "Answers to (prompt, direction, strength) triples; without a steering nothing is added to anything."
+    if not todo: return []  # nothing but strength zero was asked for: no prompt needs to be read here
     said, shared = [None]*len(todo), steering is None or steering.where == 'response'
     with tqdm(total=len(todo), desc='steered answers', unit='answer', disable=len(todo) <= rows) as bar:
         for group in _chunks(sorted(range(len(items)), key=lambda i: len(items[i])), rows):  # prompts of similar length

@@ -404,7 +404,7 @@ def search(
     variants: dict=SEARCH,
     folder: str='runs/search',
 ) -> pd.DataFrame: # variant, seeds, arm, judge, measure, value, low, high, n
-    "Free, blocked and random runs of every variant; finished ones are read back."
+    "Train and measure the arms of every variant on the selection side; finished work is read back."
     lm, advice, tables = load_model(get_preset(preset).model), within(load_domain('finance')), []
     for name, changes in variants.items():
         changes = dict(changes)
