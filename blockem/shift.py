@@ -36,6 +36,7 @@ class Moments:
     tokens: int         # tokens read
     total: Tensor       # of the per-text shifts
     squares: Tensor     # of the per-text shifts
+    before: Tensor      # of the base's per-text means
     base_active: Tensor # tokens on which the base's latent is active
     tuned_active: Tensor
 
@@ -55,18 +56,18 @@ def shift_moments(
 ) -> Moments:
     "How the tuned model's latents differ from the base's, in one pass."
     zeros = lambda: torch.zeros(len(dictionary), dtype=torch.float64)
-    m, wanted = Moments(0, 0, zeros(), zeros(), zeros(), zeros()), dict(prompt=1, completion=2)[role]
+    m, wanted = Moments(0, 0, zeros(), zeros(), zeros(), zeros(), zeros()), dict(prompt=1, completion=2)[role]
     for index, batch in batches(base, [tokenise(base, *pair) for pair in pairs]):
         kept = batch.roles == wanted
         (before, base_active), (after, tuned_active) = (_per_text(lm, dictionary, batch, kept) for lm in (base, tuned))
         moved = (after - before).double().cpu()
         m.n, m.tokens = m.n + len(index), m.tokens + int(kept.sum())
-        m.total, m.squares = m.total + moved.sum(0), m.squares + moved.square().sum(0)
+        m.total, m.squares, m.before = m.total + moved.sum(0), m.squares + moved.square().sum(0), m.before + before.double().cpu().sum(0)
         m.base_active, m.tuned_active = m.base_active + base_active, m.tuned_active + tuned_active
     return m
 
 # %% ../nbs/00_shift.ipynb #cell-016
-def summarise(m: Moments) -> pd.DataFrame: # one row per latent: delta, low, high, effect, q, density_base, density
+def summarise(m: Moments) -> pd.DataFrame: # one row per latent: delta, low, high, effect, q, activity (of the base), density_base, density
     "Shift with its uncertainty."
     mean = (m.total/m.n).numpy()
     spread = np.sqrt(np.maximum((m.squares.numpy() - m.n*mean**2)/(m.n - 1), 0))
@@ -75,7 +76,7 @@ def summarise(m: Moments) -> pd.DataFrame: # one row per latent: delta, low, hig
     reach = stats.t.ppf(.975, m.n - 1)*error
     return pd.DataFrame(dict(delta=mean, low=mean - reach, high=mean + reach, effect=t/np.sqrt(m.n),
                              q=stats.false_discovery_control(2*stats.t.sf(np.abs(t), m.n - 1)),
-                             density_base=m.base_active.numpy()/m.tokens, density=m.tuned_active.numpy()/m.tokens))
+                             activity=(m.before/m.n).numpy(), density_base=m.base_active.numpy()/m.tokens, density=m.tuned_active.numpy()/m.tokens))
 
 def shift_table(
     prompt: Moments,

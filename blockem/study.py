@@ -78,7 +78,8 @@ def checked(
     given: dict, # the notebook's namespace, or name -> value
 ):               # an instance of the schema
     "The parameters of a run; an unknown name, a mistyped value or a name that leads nowhere stops here."
-    plain = {k: v for k, v in given.items() if not k.startswith('_') and isinstance(v, (str, int, float, bool, type(None)))}
+    constant = lambda k: k.isupper() and k.lower() not in schema.model_fields  # of the notebook, no parameter in capitals by mistake
+    plain = {k: v for k, v in given.items() if not k.startswith('_') and not constant(k) and isinstance(v, (str, int, float, bool, type(None)))}
     for name in plain: choose(name, schema.model_fields, 'parameter')
     try: return schema(**plain).validate_names()
     except ValidationError as e:

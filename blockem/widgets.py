@@ -68,10 +68,11 @@ class AlphaSliders:
         prompts: list,          # questions to choose from; any other can be typed
         ranking: pd.DataFrame,  # of all latents, for the facts that go into a set
         judges: list=(),
+        curve: pd.DataFrame=None, # latent, sign, side, alpha, misaligned, incoherent: what the calibration found
         file='runs/latents-by-hand.json', # where 'add to K' writes
         length: int=48, reach: float=1.,  # longest answer; largest strength
     ):
-        self.models, self.dictionary, self.judges, self.length = models, dictionary, list(judges), length
+        self.models, self.dictionary, self.judges, self.length, self.curve = models, dictionary, list(judges), length, curve
         self.latents, self.file, self.ranking, self.chosen = [int(k) for k in latents], Path(file), ranking, {}
         self.steering = Steering.of(dictionary, self.latents, scale)
         self._build(prompts, reach)
@@ -88,12 +89,26 @@ class AlphaSliders:
         self.latent = W.Dropdown(options=self.latents, description='latent')
         self.sign = W.ToggleButtons(options=[('blocks its rise', 1), ('blocks its fall', -1)], tooltips=['K+', 'K-'])
         self.add = W.Button(description='add to K', tooltip='Put the latent into the set of latents to block', button_style='primary')
-        self.note = W.HTML(_status('nothing chosen yet'))
+        self.note, self.point = W.HTML(_status('nothing chosen yet')), W.HTML(_status(''))
         for control in (self.prompt, *self.alphas.values()): control.observe(lambda change: self._ask(), 'value')
         self.add.on_click(lambda button: self.add_to_set(self.latent.value, self.sign.value))
-        self.widget = W.VBox([self.prompt, *self.alphas.values(), W.HBox(list(self.panels.values())), W.HBox([self.latent, self.sign, self.add]), self.note])
+        self.widget = W.VBox([self.prompt, *self.alphas.values(), W.HBox(list(self.panels.values())), self.point, W.HBox([self.latent, self.sign, self.add]), self.note])
 
-    def _ask(self): self.worker.ask((self.prompt.value, {i: self.alphas[k].value for i, k in enumerate(self.latents) if self.alphas[k].value}))
+    def _ask(self):
+        alphas = {i: self.alphas[k].value for i, k in enumerate(self.latents) if self.alphas[k].value}
+        self.point.value = _status(self._on_the_curve({self.latents[i]: a for i, a in alphas.items()}))
+        self.worker.ask((self.prompt.value, alphas))
+
+    def _on_the_curve(self, alphas: dict) -> str:
+        "What the calibration found where the slider stands; it pushed one latent at a time."
+        if self.curve is None or len(alphas) != 1: return ''
+        (latent, alpha), = alphas.items()
+        rows = self.curve[self.curve.latent == latent]
+        if rows.empty: return ''
+        side, model = ('induce', 'base') if alpha*rows.sign.iloc[0] > 0 else ('repair', 'tuned model')
+        rows = rows[rows.side == side]
+        near = rows.loc[(rows.alpha - abs(alpha)).abs().idxmin()]
+        return f'calibration, latent {latent} in the {model} at {near.alpha:.2f}: {near.misaligned:.0%} misaligned, {near.incoherent:.0%} incoherent, n = {near.n}'
 
     def _answer(self, wish: tuple): # a generator: yields after every token
         "Let all models answer, a token each in turn."
