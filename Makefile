@@ -1,6 +1,7 @@
 # Works from a fresh clone with any target: the environment is made first, and made again when its pins change.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 DOMAIN ?= legal
+DOMAINS ?=
 SEEDS  ?=
 ARGS   ?=
 WORKERS ?= 2
@@ -9,7 +10,7 @@ READY  := .venv/.ready
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help run test docs lab bench clean
+.PHONY: help run study test docs lab bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -17,6 +18,9 @@ help: ## list the targets
 
 run: $(READY) ## fine-tune DOMAIN with and without the block, evaluate both, write the executed notebook and the report
 	$(BIN)/blockem run $(DOMAIN) $(if $(SEEDS),--set "seeds=$(SEEDS)") $(ARGS)
+
+study: $(READY) ## find the latents on finance, then train in all six domains with and without the block, one table of all
+	$(BIN)/blockem study $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(DOMAINS),--domains "$(DOMAINS)") $(ARGS)
 
 test: export IN_TEST = 1
 test: export HF_HUB_OFFLINE = 1

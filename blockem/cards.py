@@ -43,7 +43,7 @@ def find_passages(
     dictionary: Dictionary,
     latents: list,  # indices
     pairs: list,    # of (prompt, answer), the text to read; system tokens are left out
-    n: int=4,       # passages kept per latent, each from another text
+    n: int=4,       # passages kept per latent, each from another prompt
     around: int=16, # tokens shown before the strongest
 ) -> dict:          # latent -> `Found`
     "Where some latents are active in a body of text."
@@ -56,7 +56,9 @@ def find_passages(
         peaks = z.amax(1)
         for k, kept in enumerate(best):
             kept += [(peaks[row, k].item(), i, z[row, :len(items[i]), k].clone()) for row, i in enumerate(index) if peaks[row, k] > 0]
-            best[k] = sorted(kept, key=lambda p: -p[0])[:n]
+            strongest = {}
+            for p in sorted(kept, key=lambda p: -p[0]): strongest.setdefault(repr(pairs[p[1]][0]), p)  # a question comes once, whatever was answered
+            best[k] = list(strongest.values())[:n]
     cut = lambda kept: tuple(_cut(lm, items[i].ids, values, around) for _, i, values in kept)
     return {latent: Found((active[k]/tokens).item(), (total[k]/tokens).item(), cut(best[k])) for k, latent in enumerate(latents)}
 
@@ -77,15 +79,15 @@ def logit_effect(
 
 def neighbours(
     dictionary: Dictionary,
-    latent: int,
+    latents: list,
     n: int=5,
-) -> list: # of (latent, cosine), nearest first
+) -> dict: # latent -> [(latent, cosine)], nearest first
     "Latents whose decoder rows point the same way."
-    unit = dictionary.W_dec/dictionary.W_dec.norm(dim=1, keepdim=True)
-    cosine = unit @ unit[latent]
-    cosine[latent] = -2
+    unit, columns = torch.nn.functional.normalize(dictionary.W_dec, dim=1), torch.tensor(list(latents))
+    cosine = unit[columns] @ unit.T
+    cosine[torch.arange(len(columns)), columns] = -2
     top = cosine.topk(n)
-    return list(zip(top.indices.tolist(), top.values.tolist()))
+    return {k: list(zip(i, c)) for k, i, c in zip(latents, top.indices.tolist(), top.values.tolist())}
 
 # %% ../nbs/lib/13_cards.ipynb #cell-013
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def _heat(token: str, value: float, peak: float) -> str:
 
 def _words(pairs: list) -> str:
     "Tokens with their effects."
-    return ' · '.join(f'<code>{escape(t)}</code> {v:+.2f}' for t, v in pairs)
+    shown = lambda t: escape(t).replace('\n', '↵')
+    return ' · '.join(f'<code>{shown(t)}</code> {v:+.2f}' for t, v in pairs)
 
 def view(card: Card) -> View:
     "A card as HTML, and as text for a terminal."
@@ -147,7 +150,7 @@ def make_cards(
 ) -> dict:             # latent -> `Card`
     "Cards of some latents, from one reading of the text."
     known = {} if table is None else table.set_index('latent')[list(facts)].to_dict('index')
-    effects = {k: logit_effect(lm, dictionary.W_dec[k]) for k in latents}
+    effects, near = {k: logit_effect(lm, dictionary.W_dec[k]) for k in latents}, neighbours(dictionary, list(latents))
     link = lambda k: f'https://neuronpedia.org/{dictionary.neuronpedia}/{k}' if dictionary.neuronpedia else ''
-    return {k: Card(k, f, *effects[k], neighbours(dictionary, k), known.get(k, {}), link(k))
+    return {k: Card(k, f, *effects[k], near[k], known.get(k, {}), link(k))
             for k, f in find_passages(lm, dictionary, list(latents), pairs, n).items()}

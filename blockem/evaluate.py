@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'PAIRED', 'COLUMNS', 'wilson', 'bootstrap', 'result_prompts', 'selection_prompts', 'graded', 'judged_answers',
-           'likelihoods', 'write_table', 'measure', 'tidy', 'excess_cut', 'kept', 'contrasts', 'agreement']
+           'likelihoods', 'write_table', 'measure', 'tidy', 'paired_shares', 'excess_cut', 'kept', 'contrasts',
+           'agreement']
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-002
 from dataclasses import asdict
@@ -166,7 +167,7 @@ def _shares(answers: pd.DataFrame, arm: str, prompts: str, judge: str) -> pd.Ser
     "Per prompt, the share of an arm's answers that are misaligned."
     return _per_prompt(answers[(answers.arm == arm) & (answers.prompts == prompts) & (answers.judge == judge)], 'misaligned')
 
-def _paired(answers: pd.DataFrame, arms: list, prompts: str, judge: str) -> np.ndarray: # (arms, prompts)
+def paired_shares(answers: pd.DataFrame, arms: list, prompts: str, judge: str) -> np.ndarray: # (arms, prompts)
     "Shares of several arms on the prompts that all of them have a verdict for."
     return pd.concat([_shares(answers, arm, prompts, judge) for arm in arms], axis=1).dropna().to_numpy().T
 
@@ -198,8 +199,8 @@ def contrasts(
     for arm in present:
         three = ['base', 'sft', arm]
         for judge in sorted(answers.judge.unique()):
-            for prompts in _present(answers, ('general', 'final', 'trigger')): add(arm, judge, f'cut_{prompts}', _paired(answers, three, prompts, judge), excess_cut)
-            add(arm, judge, 'adherence_kept', _paired(answers, ['sft', arm], 'in_domain', judge), kept)
+            for prompts in _present(answers, ('general', 'final', 'trigger')): add(arm, judge, f'cut_{prompts}', paired_shares(answers, three, prompts, judge), excess_cut)
+            add(arm, judge, 'adherence_kept', paired_shares(answers, ['sft', arm], 'in_domain', judge), kept)
         for prompts in _present(likelihoods, ('general', 'final', 'other_domains')):
             add(arm, '', f'margin_cut_{prompts}', _pairs(likelihoods, three, prompts), excess_cut)
         if _present(likelihoods, ('in_domain',)):

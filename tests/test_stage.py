@@ -1,4 +1,5 @@
 "The stage as people run it: papermill from two places, and what it says to bad input."
+import json
 import os
 import subprocess
 import sys
@@ -44,10 +45,15 @@ def test_discovery_stages_meet_on_disk(tmp_path):
     "Each stage reads what the one before offered, and says which one to run when nothing is there."
     early = _papermill(ROOT, 'nbs/01_induce_repair.ipynb', tmp_path/'early.ipynb', study=tmp_path/'study')
     assert early.returncode != 0 and 'run 00_shift with the same study folder first' in early.stderr
-    for stage in ('00_shift', '01_induce_repair'):
+    for stage in ('00_shift', '01_induce_repair', '02_alpha'):
         done = _papermill(ROOT, f'nbs/{stage}.ipynb', tmp_path/f'{stage}.ipynb', study=tmp_path/'study', limit=6)
         assert done.returncode == 0, done.stderr[-2000:]
     shift, screen = (pd.read_parquet(tmp_path/'study'/f'{name}.parquet') for name in ('shift', 'screen'))
     assert shift.latent.is_unique and shift.pool.any() and (shift.low <= shift.delta).all() and (shift.delta <= shift.high).all()
     assert set(screen.latent) <= set(shift.latent) and screen.kept.any()
     assert (screen.score - screen.induce - screen.repair).abs().max() < 1e-9
+    kept, chosen = set(screen.latent[screen.kept]), json.loads((tmp_path/'study'/'latents.json').read_text())
+    assert {row['latent'] for row in chosen['latents']} <= kept and {'judge', 'prompts_sha256', 'dictionary_sha256', 'ranking_sha256', 'rule', 'command'} <= set(chosen)
+    done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'train.ipynb', study=tmp_path/'train', latents=tmp_path/'study'/'latents.json', limit=4, arms='blocked,attribution,shift')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(pd.read_parquet(tmp_path/'train'/'evaluation.parquet').arm) == {'base', 'sft', 'blocked', 'attribution', 'shift'}
