@@ -310,7 +310,7 @@ def load_latents(
     if path == 'tiny': return choose_latents(_tiny_ranking(dictionary), 8, model='tiny', **dictionary.facts)
     path = data_path(path)
     if not path.is_file():
-        raise ValueError(f"set of latents {path} does not exist; make one with `blockem alpha`, or give 'tiny'")
+        raise ValueError(f"set of latents {path} does not exist; make one with `blockem alpha` or `blockem latents`, or give 'tiny'")
     facts = json.loads(path.read_text(encoding='utf-8'))
     faults = [f'{path}: {e.json_path}: {e.message}' for e in Draft202012Validator(SCHEMA).iter_errors(facts)]
     if faults: raise ValueError('\n'.join(faults[:20]))
@@ -333,5 +333,5 @@ def load_ranking(
     if path == 'tiny': return _tiny_ranking(dictionary)
     latents, path = load_latents(path, dictionary), data_path(path).with_name('ranking.parquet')
     if not path.is_file() or sha256(path) != latents.facts['ranking_sha256']:
-        raise ValueError(f'{path} is missing or is not what the latents came from; make both with `blockem alpha` and `blockem publish`')
+        raise ValueError(f'{path} is missing or is not what the latents came from; make both with `blockem latents`')
     return pd.read_parquet(path)
