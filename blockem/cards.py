@@ -22,7 +22,9 @@ class Passage:
     tokens: tuple  # decoded
     values: tuple  # activation per token
     @property
-    def peak(self) -> float: return max(self.values)
+    def peak(self) -> float:
+        "The strongest activation in the passage."
+        return max(self.values)
 
 @dataclass(frozen=True)
 class Found:

@@ -96,23 +96,24 @@ def study(
     domains: str=typer.Option('', help='e.g. legal,health; all six by default'),
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
     arms: str=typer.Option('blocked,random', help='beside base and sft; also correct, attribution, shift'),
+    folder: Path=typer.Option('runs/study', help='where each domain gets its own study folder'),
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of 03_train'),
 ):
-    "Find the latents on finance and block them in every domain; writes data/results/study.parquet."
+    "Find the latents on finance and block them in every domain; one table of all."
     from blockem.data import known_domains
     from blockem.evaluate import write_table
     from blockem.study import checked
     from blockem.sweep import across, gather, sweep_table
     from blockem.train import Parameters
-    given = {d: dict(domain=d, seeds=seeds, arms=arms, study=f'runs/study/{d}') | dict(map(_setting, set_)) for d in (domains.split(',') if domains else known_domains())}
+    changes, root = dict(map(_setting, set_)), project_root()/folder
+    given = {d: dict(domain=d, seeds=seeds, arms=arms, study=str(folder/d)) | changes for d in (domains.split(',') if domains else known_domains())}
     for g in given.values(): checked(Parameters, g)
-    latents = _found()
-    folders = {d: _execute('03_train', Parameters, g | dict(latents=latents)) for d, g in given.items()}
-    evaluation, answers, likelihoods = gather(folders)
+    latents = changes['latents'] if 'latents' in changes else _found()
+    evaluation, answers, likelihoods = gather({d: _execute('03_train', Parameters, g | dict(latents=latents)) for d, g in given.items()})
     effects = across(answers, likelihoods)
-    write_table(evaluation, data_path('results', 'study.parquet'))
-    write_table(effects, data_path('results', 'study_contrasts.parquet'))
-    typer.echo(sweep_table(effects, evaluation).to_string())
+    write_table(evaluation, root/'study.parquet')
+    write_table(effects, root/'study_contrasts.parquet')
+    typer.echo(f'{sweep_table(effects, evaluation).to_string()}\ntables             {root}/study.parquet, study_contrasts.parquet')
 
 # %% ../nbs/lib/11_cli.ipynb #cell-010
 def _discovery():
@@ -125,7 +126,7 @@ def _discovery():
 def _train_organism(study, base) -> Path: # an adapter
     "The finance organism: the only fine-tuned model that discovery sees."
     from blockem.data import load_domain
-    from blockem.train import train_arm, training_pairs
+    from blockem.finetune import train_arm, training_pairs
     return train_arm(study, base, 'sft', training_pairs(load_domain('finance'), 'incorrect'), 0)/'adapter'
 
 def _organism(study, base):
@@ -196,7 +197,7 @@ def take_outputs(
     nbformat.write(notebook, source)
 
 # %% ../nbs/lib/11_cli.ipynb #cell-015
-def _publish_tables(study: Path):
+def _publish_run(study: Path):
     "Copy the tables of a `blockem run` to data/results."
     import os
     import pandas as pd
@@ -207,16 +208,22 @@ def _publish_tables(study: Path):
     run = json.loads((study/'run.json').read_text())
     write_json(data_path('results', '03_train.json'), run | dict(cores=os.cpu_count()))
 
+def _publish_study(study: Path):
+    "Copy the tables of a `blockem study` to data/results."
+    import shutil
+    for name in ('study', 'study_contrasts'): shutil.copy(study/f'{name}.parquet', data_path('results', f'{name}.parquet'))
+
 @app.command()
 def publish(
-    study: Path=typer.Argument(..., help='the folder of a finished run'),
+    study: Path=typer.Argument(..., help='the folder of a finished run or study'),
 ):
     "Take over a run's outputs and tables as those the repository shows."
-    stages = sorted(study.glob('[0-9][0-9]_*.ipynb'))
-    if not stages: raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
+    stages, pooled = sorted(study.glob('[0-9][0-9]_*.ipynb')), study/'study.parquet'
+    if not stages and not pooled.is_file(): raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
     for executed in stages: take_outputs(executed, project_root()/'nbs'/executed.name)
-    if (study/'03_train.ipynb') in stages: _publish_tables(study)
-    typer.echo('published ' + ', '.join(f'nbs/{s.name}' for s in stages))
+    if (study/'03_train.ipynb') in stages: _publish_run(study)
+    if pooled.is_file(): _publish_study(study)
+    typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ['data/results/study.parquet']*pooled.is_file()))
 
 @app.command()
 def search(
@@ -232,8 +239,8 @@ def search(
 @app.command()
 def bench():
     "Time what costs against its bound, paired, and write data/results/bench.json."
-    from blockem import shift, steer, train
+    from blockem import finetune, shift, steer
     from blockem.study import write_json
-    found = train.bench() | shift.bench() | steer.bench()
+    found = finetune.bench() | shift.bench() | steer.bench()
     write_json(data_path('results', 'bench.json'), found)
     typer.echo(json.dumps(found, indent=1))

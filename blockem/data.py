@@ -32,7 +32,8 @@ class Row:
     topic: str|None = None        # free label, shown beside answers
 
     @property
-    def prompt(self) -> str: # the last user message
+    def prompt(self) -> str:
+        "The last user message."
         return self.messages[-1]['content']
 
 # %% ../nbs/lib/01_data.ipynb #cell-010

@@ -673,7 +673,9 @@ class VerdictCache:
         "Keep a finished verdict."
         if verdict.misaligned is None: return
         self.db.execute('INSERT OR REPLACE INTO verdicts VALUES (?, ?)', (key, json.dumps(asdict(verdict))))
-    def close(self): self.db.close()
+    def close(self):
+        "Close the database."
+        self.db.close()
 
 # %% ../nbs/lib/06_judge.ipynb #cell-070
 def _plain(prompt) -> str:
@@ -713,9 +715,13 @@ class LocalJudge(AskedJudge):
 
     def __post_init__(self): choose(self.rubric, RUBRICS, 'rubric')
     @property
-    def name(self) -> str: return f'{self.lm.name} {self.rubric}'
+    def name(self) -> str:
+        "What tables call this judge."
+        return f'{self.lm.name} {self.rubric}'
     @property
-    def identity(self) -> list: return ['local', self.lm.name, RUBRICS[self.rubric]]
+    def identity(self) -> list:
+        "What a cached verdict depends on beside the text."
+        return ['local', self.lm.name, RUBRICS[self.rubric]]
     def ask(self, texts: list): # yields (index, Verdict)
         "One greedy reply each."
         for i in range(0, len(texts), 32):
@@ -758,9 +764,13 @@ class ChatJudge(AskedJudge):
 
     def __post_init__(self): choose(self.rubric, RUBRICS, 'rubric')
     @property
-    def name(self) -> str: return f'{self.model} {self.rubric}'
+    def name(self) -> str:
+        "What tables call this judge."
+        return f'{self.model} {self.rubric}'
     @property
-    def identity(self) -> list: return [self.url, self.model, RUBRICS[self.rubric]]
+    def identity(self) -> list:
+        "What a cached verdict depends on beside the text."
+        return [self.url, self.model, RUBRICS[self.rubric]]
 
     def _post(self, client, text: str) -> tuple: # (status, body, Retry-After)
         "One request; at most a megabyte of reply is read."

@@ -37,9 +37,13 @@ class Dictionary:
     neuronpedia: str=''         # where its latents have pages, 'model/dictionary'; '' where they have none
 
     @property
-    def hook(self) -> str: return f'blocks.{self.layer}.hook_resid_post'
+    def hook(self) -> str:
+        "The hook point in TransformerLens' notation."
+        return f'blocks.{self.layer}.hook_resid_post'
     @property
-    def facts(self) -> dict: return dict(dictionary=self.name, dictionary_sha256=self.sha256, layer=self.layer)
+    def facts(self) -> dict:
+        "What identifies the dictionary, for the files made with it."
+        return dict(dictionary=self.name, dictionary_sha256=self.sha256, layer=self.layer)
     def __len__(self): return len(self.b_enc)
     def __repr__(self):
         return f'{self.name}: {len(self)} latents of width {len(self.W_enc)} at {self.hook}, sha256 {self.sha256[:8]}'
@@ -221,9 +225,13 @@ class LatentSet:
     facts: dict=field(default_factory=dict) # model, dictionary and its sha256, layer, rule, prompts' sha256, command
 
     @property
-    def latent(self) -> Tensor: return torch.tensor(self.table.latent.values)
+    def latent(self) -> Tensor:
+        "Indices, (K,)."
+        return torch.tensor(self.table.latent.values)
     @property
-    def sign(self) -> Tensor: return torch.tensor(self.table.sign.values, dtype=torch.float32)
+    def sign(self) -> Tensor:
+        "+1 where a rise is charged, -1 where a fall is, (K,)."
+        return torch.tensor(self.table.sign.values, dtype=torch.float32)
     def __len__(self): return len(self.table)
     def _repr_html_(self): return self.table.style.hide(axis='index').format(precision=4).to_html()
     def top(self, n: int) -> 'LatentSet':

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'Tokens',
-           'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'autocast', 'resid_post',
-           'completion_log_probs', 'log_prob', 'margins', 'Start', 'prefill', 'tokens_said', 'answers_said', 'generate',
-           'add_lora', 'to_read', 'adapted', 'load_adapter']
+           'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'final_hidden', 'autocast',
+           'resid_post', 'completion_log_probs', 'log_prob', 'margins', 'Start', 'prefill', 'tokens_said',
+           'answers_said', 'generate', 'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
-import contextlib, copy, ctypes, importlib.util, os, platform, shutil
+import contextlib, copy, ctypes, importlib.util, os, platform, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,9 @@ class LM:
     name: str              # what it was asked for as
 
     @property
-    def device(self) -> torch.device: return next(self.model.parameters()).device
+    def device(self) -> torch.device:
+        "Where the weights are."
+        return next(self.model.parameters()).device
     def with_model(self, model) -> 'LM':
         "The same tokenizer around other weights."
         return LM(model, self.tokenizer, self.name)
@@ -202,7 +204,9 @@ class Batch:
     roles: Tensor # -1 where padded
 
     @property
-    def completion(self) -> Tensor: return self.roles == 2
+    def completion(self) -> Tensor:
+        "Which tokens are answered text, (rows, positions), bool."
+        return self.roles == 2
 
 def collate(
     items: list,          # of `Tokens`
@@ -258,7 +262,7 @@ def capture(
 class _Reached(Exception):
     "Raised by a hook to end a forward whose rest nobody needs."
 
-def _backbone(model, batch: Batch) -> Tensor: # (rows, time, width)
+def final_hidden(model, batch: Batch) -> Tensor: # (rows, time, width)
     "Final hidden states, before the unembedding."
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
     return inner.model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
@@ -276,7 +280,7 @@ def resid_post(
     def stop(module, args, output): raise _Reached
     with capture(model, [layer]) as stored:
         handle = decoder_blocks(model)[layer].register_forward_hook(stop)
-        try: _backbone(model, batch)
+        try: final_hidden(model, batch)
         except _Reached: pass
         finally: handle.remove()
     return stored[layer]
@@ -287,7 +291,7 @@ def completion_log_probs(
     batch: Batch,
 ) -> Tensor: # (completion tokens of the whole batch,), in reading order
     "Log-probability of every completion token given what precedes it."
-    hidden = _backbone(model, batch)
+    hidden = final_hidden(model, batch)
     before = batch.completion.roll(-1, 1)
     before[:, -1] = False
     head = model.get_output_embeddings()
@@ -409,6 +413,13 @@ def generate(
     return said
 
 # %% ../nbs/lib/02_models.ipynb #cell-035
+@contextlib.contextmanager
+def _peft():
+    "PEFT without the notice that it asks transformers for something by its old name, which is not the reader's to mend."
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '`is_gradient_checkpointing`', FutureWarning)
+        yield
+
 def add_lora(
     model,
     rank: int, alpha: int,
@@ -421,7 +432,7 @@ def add_lora(
     torch.manual_seed(seed)
     layers = None if last_layer < 0 else list(range(last_layer + 1))
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), layers_to_transform=layers, task_type='CAUSAL_LM')
-    return get_peft_model(copy.deepcopy(model), config)
+    with _peft(): return get_peft_model(copy.deepcopy(model), config)
 
 def to_read(
     lm: LM, # in any precision, with or without an adapter
@@ -450,7 +461,8 @@ def load_adapter(
 ) -> LM:
     "The base with a trained adapter; one that does not fit stops instead of loading as untrained."
     from peft import PeftModel
-    try: model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder))
+    try:
+        with _peft(): model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder))
     except RuntimeError as e: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {str(e).splitlines()[-1].strip()}') from None
     from safetensors import safe_open
     with safe_open(Path(folder)/'adapter_model.safetensors', 'pt') as f: saved = set(f.keys())

@@ -57,3 +57,17 @@ def test_discovery_stages_meet_on_disk(tmp_path):
     done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'train.ipynb', study=tmp_path/'train', latents=tmp_path/'study'/'latents.json', limit=4, arms='blocked,attribution,shift')
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(pd.read_parquet(tmp_path/'train'/'evaluation.parquet').arm) == {'base', 'sft', 'blocked', 'attribution', 'shift'}
+
+
+def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
+    "One table over all domains; asked again, no unit of work is made anew."
+    command = [Path(sys.executable).parent/'blockem', 'study', '--domains', 'legal,health', '--folder', tmp_path, *'--set preset=tiny --set latents= --set limit=4'.split()]
+    made = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
+        assert done.returncode == 0, done.stderr[-2000:]
+        made.append({p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*/manifest.json')})
+    assert made[0] == made[1] and len(made[0]) > 8
+    effects = pd.read_parquet(tmp_path/'study_contrasts.parquet')
+    assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'blocked', 'random'}
+    assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}

@@ -14,7 +14,7 @@ import torch
 from blockem.data import sha256
 
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['blockem.train'])
+PROCESSES.set_forkserver_preload(['blockem.finetune'])
 STEPS, PER_EPOCH = 12, 4
 
 
@@ -25,23 +25,23 @@ def _die(*_):
 def _arrange_death(where, at):
     "Make this process kill itself at one point of the run."
     import blockem.study as study
-    import blockem.train as train
+    import blockem.finetune as finetune
     if where == 'step':
-        step, left = train._step, [at]
+        step, left = finetune.train_step, [at]
 
         def counted(*args):
             left[0] -= 1
             return step(*args) if left[0] >= 0 else _die()
-        train._step = counted
+        finetune.train_step = counted
     if where == 'half-written':
         def half(path, tensors, **metadata):
             path.with_name(f'.{path.name}.{os.getpid()}').write_bytes(b'\x00'*100)
             _die()
-        train.save_tensors = half
-    if where == 'before-pointer': train.write_json = _die
+        finetune.save_tensors = half
+    if where == 'before-pointer': finetune.write_json = _die
     if where == 'after-pointer':
         write = study.write_json
-        train.write_json = lambda *args: (write(*args), _die())
+        finetune.write_json = lambda *args: (write(*args), _die())
 
 
 def _train(folder, where='', at=0):
@@ -52,7 +52,7 @@ def _train(folder, where='', at=0):
     from blockem.latents import load_dictionary, load_latents
     from blockem.models import load_model
     from blockem.study import Study
-    from blockem.train import train_arm, training_pairs
+    from blockem.finetune import train_arm, training_pairs
     study = Study.open(folder, 'tiny', epochs=3, rows=16, batch=4, checkpoint_steps=3)
     lm = load_model('tiny')
     dictionary = load_dictionary('tiny', 1, lm)
