@@ -126,9 +126,9 @@ def test_exported_page_slides_without_a_kernel(browser, tmp_path):
     html, _ = HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('page', outputs=[output])]))
     (tmp_path/'page.html').write_text(html, encoding='utf-8')
     browser.get((tmp_path/'page.html').as_uri())
-    answer, slider = (browser.find_element('css selector', f'[data-part="{part}"]') for part in ('answer0', 'alpha'))
-    assert answer.text == 'base at +0.0' and slider.get_attribute('aria-valuetext') == 'strength 0.00'
+    answer, slider = (browser.find_element('css selector', f'[data-part="{part}"]') for part in ('answer0', 'place'))
+    assert answer.text == 'base at +0.0' and slider.get_attribute('aria-valuetext') == 'strength +0.00'
     slider.send_keys(Keys.ARROW_RIGHT)
-    assert answer.text == 'base at +0.5' and slider.get_attribute('aria-valuetext') == 'strength 0.50'
+    assert answer.text == 'base at +0.5' and slider.get_attribute('aria-valuetext') == 'strength +0.50'
     slider.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert answer.text == 'base at -0.5'
