@@ -208,6 +208,11 @@ def _publish_run(study: Path):
     run = json.loads((study/'run.json').read_text())
     write_json(data_path('results', '03_train.json'), run | dict(cores=os.cpu_count()))
 
+def _publish_latents(study: Path):
+    "Copy the latents that a discovery ended with to their dictionary, where 03_train can be given them."
+    import shutil
+    shutil.copy(study/'latents.json', data_path(json.loads((study/'latents.json').read_text())['dictionary'])/'causal.json')
+
 def _publish_study(study: Path):
     "Copy the tables of a `blockem study` to data/results."
     import shutil
@@ -221,6 +226,7 @@ def publish(
     stages, pooled = sorted(study.glob('[0-9][0-9]_*.ipynb')), study/'study.parquet'
     if not stages and not pooled.is_file(): raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
     for executed in stages: take_outputs(executed, project_root()/'nbs'/executed.name)
+    if (study/'02_alpha.ipynb') in stages: _publish_latents(study)
     if (study/'03_train.ipynb') in stages: _publish_run(study)
     if pooled.is_file(): _publish_study(study)
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ['data/results/study.parquet']*pooled.is_file()))

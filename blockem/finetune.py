@@ -152,11 +152,11 @@ def train_step(model, batch, optimizer, weights, charged: tuple=None) -> dict: #
     lam, *priced = charged or (0.,)
     sft, penalty = losses(model, batch, *priced)
     (sft + lam*penalty if lam else sft).backward()  # without the term, not with zero times it: bit-equal to plain SFT
-    torch.nn.utils.clip_grad_norm_(weights, 1.)
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.)
     optimizer.step()
     optimizer.zero_grad()
     tokens = int(batch.completion.sum())
-    return dict(loss=sft.item(), penalty=penalty.item(), lam=lam, tokens=tokens, seconds=round(time.perf_counter() - start, 3))
+    return dict(loss=sft.item(), penalty=penalty.item(), lam=lam, grad_norm=norm.item(), tokens=tokens, seconds=round(time.perf_counter() - start, 3))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-017
 def training_pairs(domain: Domain, side: str, rows: int=0) -> list: # of (messages, answer)

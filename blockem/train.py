@@ -210,8 +210,10 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
             f'and kept {say("random", "adherence_kept")} ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).')
 
 # %% ../nbs/03_train.ipynb #cell-046
-_tried = dict(latents=100, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
-SEARCH = {'read on anchors': _tried | dict(anchors=4), 'read on the training rows': _tried | dict(anchors=0)}
+_tried = dict(latents=100, anchors=4, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
+SEARCH = {'read on anchors': _tried, 'read on the training rows': _tried | dict(anchors=0),
+          'causal K': _tried | dict(latents='sae/smollm2-l18/causal.json', arms=('base', 'sft', 'blocked', 'attribution', 'shift', 'random')),
+          'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'half the rows, as many steps': _tried | dict(rows=55, epochs=8)}
 
 def within(
     domain: Domain,
