@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TOKENS', 'POOLS', 'KINDS', 'FORMS', 'Parameters', 'pooled', 'states', 'difference', 'probe', 'project', 'auroc',
            'signal', 'signal_plot', 'inside', 'Edit', 'editing', 'edited_answers', 'chosen_strength', 'removed',
-           'evenly', 'deltas', 'alike', 'turn', 'course_plot', 'finding']
+           'along', 'save_reference', 'detect', 'detect_plot', 'evenly', 'deltas', 'alike', 'turn', 'course_plot',
+           'finding']
 
 # %% ../nbs/06_directions.ipynb #cell-003
 import contextlib
@@ -27,8 +28,9 @@ from tqdm.auto import tqdm
 from .data import choose, load_domain
 from .evaluate import bootstrap
 from .judge import check_judges
+from .latents import weights_id
 from .models import LM, batches, capture, decoder_blocks, final_hidden, generate, tokenise
-from .study import check_preset, get_preset
+from .study import check_preset, get_preset, load_tensors, save_tensors
 
 # %% ../nbs/06_directions.ipynb #cell-006
 class Parameters(BaseModel):
@@ -217,13 +219,50 @@ def removed(
     return pd.DataFrame(rows, columns=['what', 'value', 'low', 'high', 'incoherent', 'n'])
 
 # %% ../nbs/06_directions.ipynb #cell-038
+def along(
+    tuned: Tensor, base: Tensor, # states on the same prompts, (rows, layers, width)
+    directions: Tensor,          # (layers, width)
+    gap: Tensor,                 # the organism's movement, (layers,)
+) -> pd.DataFrame:               # layer, value, low, high: 0 the base, 1 the organism
+    "How far a model has moved along the reference, after every block."
+    moved = (project(tuned, directions) - project(base, directions))/gap.numpy()
+    return pd.DataFrame([(layer, *bootstrap(moved[:, layer])) for layer in range(moved.shape[1])], columns=['layer', 'value', 'low', 'high'])
+
+def save_reference(path, edit: Edit, control: pd.DataFrame, **facts):
+    "Write a reference: one safetensors file that knows its base."
+    save_tensors(path, dict(directions=edit.directions, gap=edit.gap, control=torch.tensor(control[['value', 'low', 'high']].to_numpy(), dtype=torch.float32)), **facts)
+
+def detect(
+    base: LM, tuned: LM, # to read from
+    reference,           # a file from `save_reference`
+    rows: list,          # of `Row` with both answers
+) -> tuple:              # (readings by layer, verdict)
+    "How much of the reference's misalignment direction an adapter shows, and what that allows to say."
+    tensors, facts = load_tensors(reference)
+    if facts['base'] != weights_id(base.model):
+        raise ValueError(f'cannot tell: {reference} was made on a base with weights {facts["base"]}, this one has {weights_id(base.model)}; make a reference for it with 06_directions')
+    read = [states(lm, rows)['answer', 'mean'] for lm in (tuned, base)]
+    found, layer = along(*read, tensors['directions'], tensors['gap']), facts['layer']
+    here, control = found.loc[layer], tensors['control'][layer]
+    words = 'like the misaligned reference' if here.low > max(.5, control[2]) else 'no sign of it' if here.high < max(.25, control[2]) else 'cannot tell'
+    return found.assign(control=tensors['control'][:, 0].numpy()), f'after block {layer}: {here.value:.2f} [{here.low:.2f}, {here.high:.2f}] (0 the base, 1 the reference; its control {control[0]:.2f}): {words}'
+
+def detect_plot(found: pd.DataFrame, title: str) -> go.Figure: # from `detect`
+    "Readings by layer, with the control's."
+    fig = go.Figure([go.Scatter(x=[*found.layer, *found.layer[::-1]], y=[*found.high, *found.low[::-1]], fill='toself', fillcolor='rgba(0,114,178,.15)', line_width=0, hoverinfo='skip', showlegend=False),
+                     go.Scatter(x=found.layer, y=found.value, mode='lines', line=dict(color='#0072B2'), name='this adapter'),
+                     go.Scatter(x=found.layer, y=found.control, mode='lines', line=dict(color='#555', dash='dash'), name='correct advice')])
+    for y in (0., 1.): fig.add_hline(y=y, line=dict(color='#555', dash='dot', width=1))
+    fig.update_xaxes(title='after block').update_yaxes(title='0 the base, 1 the reference')
+    return fig.update_layout(title_text=title)
+
+# %% ../nbs/06_directions.ipynb #cell-043
 def evenly(steps: int, n: int=10) -> tuple: # numbers of steps
     "When to look at a run, as evenly as can be."
     return tuple(sorted({max(1, round(steps*(i + 1)/n)) for i in range(n)}))
 
 def deltas(folder: Path) -> dict: # module -> (A, B)
     "The matrices of an adapter in PEFT's format."
-    from blockem.study import load_tensors
     tensors, _ = load_tensors(folder/'adapter_model.safetensors')
     return {name[:-len('.lora_A.weight')]: (a, tensors[name.replace('lora_A', 'lora_B')]) for name, a in tensors.items() if 'lora_A' in name}
 
@@ -248,7 +287,7 @@ def turn(
     for _ in range(300): values.append(best(*curves[draw.integers(0, len(curves), len(curves))]))
     return float(best(*curves)), *map(float, np.quantile(values, [.025, .975], method='nearest'))
 
-# %% ../nbs/06_directions.ipynb #cell-041
+# %% ../nbs/06_directions.ipynb #cell-046
 def course_plot(
     course: pd.DataFrame, # columns arm, step, id, projection, margin, misaligned, turned
     steps: pd.DataFrame,  # the logs: columns arm, step, grad_norm
@@ -268,7 +307,7 @@ def course_plot(
     fig.update_xaxes(title='optimiser steps').update_yaxes(title='share of the range')
     return fig.update_layout(title_text='When it appears', title_subtitle_text=f'{course.id.nunique()} prompts; misaligned answers on the scale from 0 to 1')
 
-# %% ../nbs/06_directions.ipynb #cell-044
+# %% ../nbs/06_directions.ipynb #cell-049
 def finding(signals: pd.DataFrame, outcome: pd.DataFrame) -> str: # Markdown
     "What the directions tell, in words."
     rows = signals[(signals.kind == KINDS[0]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high'])
