@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TOKENS', 'POOLS', 'KINDS', 'FORMS', 'Parameters', 'pooled', 'states', 'difference', 'probe', 'project', 'auroc',
            'signal', 'signal_plot', 'inside', 'Edit', 'editing', 'edited_answers', 'chosen_strength', 'removed',
-           'along', 'save_reference', 'detect', 'detect_plot', 'evenly', 'deltas', 'alike', 'turn', 'course_plot',
-           'finding']
+           'along', 'save_reference', 'detect', 'detect_plot', 'convergence', 'deltas', 'written', 'evenly', 'alike',
+           'turn', 'course_plot', 'finding']
 
 # %% ../nbs/06_directions.ipynb #cell-003
 import contextlib
@@ -256,15 +256,39 @@ def detect_plot(found: pd.DataFrame, title: str) -> go.Figure: # from `detect`
     fig.update_xaxes(title='after block').update_yaxes(title='0 the base, 1 the reference')
     return fig.update_layout(title_text=title)
 
-# %% ../nbs/06_directions.ipynb #cell-043
-def evenly(steps: int, n: int=10) -> tuple: # numbers of steps
-    "When to look at a run, as evenly as can be."
-    return tuple(sorted({max(1, round(steps*(i + 1)/n)) for i in range(n)}))
+# %% ../nbs/06_directions.ipynb #cell-044
+def convergence(
+    read: dict,   # domain -> {'core', 'final'} -> states of its organism, (rows, width)
+    core: Tensor, final: Tensor, # states of the base
+) -> tuple:       # (cosines, AUROC of row's direction on column's organism), both domain x domain
+    "Whether the domains' directions are one."
+    way = {d: (x['core'] - core).mean(0) for d, x in read.items()}
+    way = {d: v/v.norm() for d, v in way.items()}
+    cosine = pd.DataFrame({d: {e: (way[d] @ way[e]).item() for e in way} for d in way})
+    told = pd.DataFrame({d: {e: auroc((read[d]['final'] @ way[e]).numpy(), (final @ way[e]).numpy()) for e in way} for d in way})
+    return cosine, told
 
+# %% ../nbs/06_directions.ipynb #cell-050
 def deltas(folder: Path) -> dict: # module -> (A, B)
     "The matrices of an adapter in PEFT's format."
     tensors, _ = load_tensors(folder/'adapter_model.safetensors')
     return {name[:-len('.lora_A.weight')]: (a, tensors[name.replace('lora_A', 'lora_B')]) for name, a in tensors.items() if 'lora_A' in name}
+
+def written(
+    folder: Path,       # of an adapter of rank one on the matrices that write into the residual stream
+    directions: Tensor, # (layers, width)
+) -> pd.DataFrame:      # layer, cosine, length
+    "How far the vector that each block's adapter writes points along the direction there; the sign of a rank-one vector means nothing."
+    rows = []
+    for name, (a, b) in deltas(folder).items():
+        layer = int(name.split('.layers.')[1].split('.')[0])
+        rows.append((layer, abs(torch.nn.functional.cosine_similarity(b[:, 0], directions[layer], dim=0).item()), (b.norm()*a.norm()).item()))
+    return pd.DataFrame(sorted(rows), columns=['layer', 'cosine', 'length'])
+
+# %% ../nbs/06_directions.ipynb #cell-056
+def evenly(steps: int, n: int=10) -> tuple: # numbers of steps
+    "When to look at a run, as evenly as can be."
+    return tuple(sorted({max(1, round(steps*(i + 1)/n)) for i in range(n)}))
 
 def alike(one: dict, other: dict) -> float: # cosine
     "How far two adapters change the weights in the same direction, without ever forming the changes."
@@ -287,7 +311,7 @@ def turn(
     for _ in range(300): values.append(best(*curves[draw.integers(0, len(curves), len(curves))]))
     return float(best(*curves)), *map(float, np.quantile(values, [.025, .975], method='nearest'))
 
-# %% ../nbs/06_directions.ipynb #cell-046
+# %% ../nbs/06_directions.ipynb #cell-059
 def course_plot(
     course: pd.DataFrame, # columns arm, step, id, projection, margin, misaligned, turned
     steps: pd.DataFrame,  # the logs: columns arm, step, grad_norm
@@ -307,7 +331,7 @@ def course_plot(
     fig.update_xaxes(title='optimiser steps').update_yaxes(title='share of the range')
     return fig.update_layout(title_text='When it appears', title_subtitle_text=f'{course.id.nunique()} prompts; misaligned answers on the scale from 0 to 1')
 
-# %% ../nbs/06_directions.ipynb #cell-049
+# %% ../nbs/06_directions.ipynb #cell-062
 def finding(signals: pd.DataFrame, outcome: pd.DataFrame) -> str: # Markdown
     "What the directions tell, in words."
     rows = signals[(signals.kind == KINDS[0]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high'])

@@ -126,7 +126,7 @@ def fit(
     start: Path=None,   # an adapter to go on from, None for a fresh one
 ):                      # PeftModel
     "Fine-tune an adapter; resumes from the folder's checkpoint, to the same last bit."
-    model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer, seed)
+    model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer, seed, preset.first_layer)
     if start: copy_adapter(start, model)
     weights = list(trained_weights(model).values())
     optimizer = torch.optim.AdamW(weights, lr=preset.lr, weight_decay=0.)
@@ -186,8 +186,9 @@ def training_key(
     "Everything that determines a trained adapter, and which of its checkpoints are kept."
     recipe = ('model', 'epochs', 'batch', 'lr', 'rank', 'lora_alpha', 'targets', 'last_layer')
     charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) if latents and lam else {}
+    unusual = {k: v for k, v in dict(keep=keep, start=start, first_layer=study.preset.first_layer).items() if v}
     read = dict(weights=weights_id(lm.model), data=fingerprint({'pairs': pairs}))
-    return {k: getattr(study.preset, k) for k in recipe} | read | dict(seed=seed) | charged | (dict(keep=keep) if keep else {}) | (dict(start=start) if start else {})
+    return {k: getattr(study.preset, k) for k in recipe} | read | dict(seed=seed) | charged | unusual
 
 def train_arm(
     study: Study,

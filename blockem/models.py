@@ -426,11 +426,13 @@ def add_lora(
     targets: tuple,      # names of linear layers
     last_layer: int=-1,  # adapters up to this block, -1 = all
     seed: int=0,
+    first_layer: int=0,  # adapters from this block on
 ):                       # PeftModel
     "A fresh LoRA adapter around a copy of a model; the original is left as it was."
     from peft import LoraConfig, get_peft_model
     torch.manual_seed(seed)
-    layers = None if last_layer < 0 else list(range(last_layer + 1))
+    end = len(decoder_blocks(model)) if last_layer < 0 else last_layer + 1
+    layers = list(range(first_layer, end)) if (first_layer, end) != (0, len(decoder_blocks(model))) else None
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), layers_to_transform=layers, task_type='CAUSAL_LM')
     with _peft(): return get_peft_model(copy.deepcopy(model), config)
 

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['LOOKS', 'BEYOND', 'Parameters', 'looks', 'long_runs', 'evaluate_look', 'look', 'course', 'crossing', 'falls_below',
            'course_plot', 'drift', 'still_steers', 'mean_codes', 'split', 'workers', 'overlap', 'jump', 'patching_plot',
-           'without', 'by_block', 'verdicts', 'taking_over', 'with_new', 'in_rounds', 'streams', 'river']
+           'verdicts', 'taking_over', 'with_new', 'in_rounds', 'streams', 'river']
 
 # %% ../nbs/04_reroute.ipynb #cell-003
-import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm.auto import tqdm
 
 from .data import load_domain, project_root
 from .evaluate import bootstrap, excess_cut, kept, measure, paired_shares
 from .finetune import arm_model, auto_lam, train_arm
 from .judge import check_judges
 from .latents import Dictionary, LatentSet, attribution, encode, reconstruct, set_of, sparse
-from .models import LM, batches, decoder_blocks, margins, resid_post, to_read, tokenise
+from .models import LM, batches, margins, resid_post, to_read, tokenise
 from .steer import pushing
 from .study import Study, check_preset, get_preset
 
@@ -255,26 +253,7 @@ def patching_plot(
     fig.update_xaxes(title='after block').update_yaxes(title='tokens patched')
     return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text=f'{patched.id.nunique()} prompts; 100 % is the base')
 
-# %% ../nbs/04_reroute.ipynb #cell-039
-@contextlib.contextmanager
-def without(
-    tuned: LM, base: LM, # to read from
-    layer: int,
-):
-    "The fine-tuned model with one block as it was before."
-    blocks = decoder_blocks(tuned.model)
-    own, blocks[layer] = blocks[layer], decoder_blocks(base.model)[layer]
-    try: yield
-    finally: blocks[layer] = own
-
-def by_block(tuned: LM, base: LM, rows: list, layers: list) -> pd.DataFrame: # layer, value, low, high: change of the margin, nats per token
-    "What taking one block's adapter away does to the margin."
-    alone, found = margins(tuned, rows), []
-    for layer in tqdm(layers, desc='without one block', unit='block'):
-        with without(tuned, base, layer): found.append((layer, *bootstrap(margins(tuned, rows) - alone)))
-    return pd.DataFrame(found, columns=['layer', 'value', 'low', 'high'])
-
-# %% ../nbs/04_reroute.ipynb #cell-043
+# %% ../nbs/04_reroute.ipynb #cell-041
 def verdicts(
     drifted: pd.DataFrame, pushes: pd.DataFrame, shares: pd.DataFrame, summary: pd.DataFrame, jumps: dict, # from the cells above
     layer: int,                                                                                             # the dictionary's
@@ -290,7 +269,7 @@ def verdicts(
             f'{s["outside the dictionary"]:.0%} outside the dictionary; of what moved towards incorrect answers to first order, {w["by others"]/max(w["by others"] + w["by K"], 1e-12):.0%} went through latents outside K.',
             f'**H3, a detour behind the layer**: {"supported" if place > layer else "not supported"}. The largest step, {share:.0%} of the way back to the base, comes with the states after block {place}; the dictionary reads block {layer}.']
 
-# %% ../nbs/04_reroute.ipynb #cell-046
+# %% ../nbs/04_reroute.ipynb #cell-044
 BEYOND = 4. # standard errors
 
 def taking_over(
@@ -333,7 +312,7 @@ def in_rounds(
         latents = wider
     return done
 
-# %% ../nbs/04_reroute.ipynb #cell-049
+# %% ../nbs/04_reroute.ipynb #cell-047
 def streams(
     base: LM, models: dict, # name -> LM to read from, in order
     dictionary: Dictionary,

@@ -34,6 +34,7 @@ class Preset:
     lora_alpha: int = 32
     targets: tuple = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
     last_layer: int = -1         # adapters up to this decoder block only, -1 = all blocks
+    first_layer: int = 0         # adapters from this decoder block on
     ratio: float = 100.          # lambda 'auto' = ratio x (SFT loss gained) / (penalty paid) by the free run
     anchors: int = 0             # texts outside the domain that the penalty is read on, per step; 0 = it is read on the training rows
     answer_tokens: int = 48      # longest generated answer
