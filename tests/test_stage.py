@@ -71,3 +71,23 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
     effects = pd.read_parquet(tmp_path/'study_contrasts.parquet')
     assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'blocked', 'random'}
     assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}
+
+
+def test_detect_reads_an_adapter_or_says_that_it_cannot(tmp_path):
+    "The reference that 06_directions wrote reads its own organism; what does not fit, or is not there, stops with a reason."
+    from safetensors.torch import load_file, save_file
+    done = _papermill(ROOT, 'nbs/06_directions.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', limit=6)
+    assert done.returncode == 0, done.stderr[-2000:]
+    adapter = next((tmp_path/'study').glob('sft-s0-*/adapter'))
+    command = [Path(sys.executable).parent/'blockem', 'detect', '--base', 'tiny']
+    asked = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+    read = asked(adapter, '--reference', tmp_path/'study'/'reference.safetensors', '--figure', tmp_path/'figure.html')
+    assert read.returncode == 0 and '(0 the base, 1 the reference' in read.stdout, read.stderr[-2000:]
+    assert 'plotly' in (tmp_path/'figure.html').read_text(encoding='utf-8')
+    assert 'no reference' in asked(adapter).stderr and 'adapter_model.safetensors' in asked(tmp_path).stderr
+    wide = tmp_path/'wide'
+    wide.mkdir()
+    save_file({k: w.repeat(1, 2) for k, w in load_file(adapter/'adapter_model.safetensors').items()}, wide/'adapter_model.safetensors')
+    (wide/'adapter_config.json').write_text((adapter/'adapter_config.json').read_text())
+    foreign = asked(wide, '--reference', tmp_path/'study'/'reference.safetensors')
+    assert foreign.returncode != 0 and 'does not fit' in foreign.stderr
