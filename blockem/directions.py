@@ -19,7 +19,6 @@ import plotly.graph_objects as go
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -81,7 +80,7 @@ def states(
     return {key: x.view(len(rows), 2, *x.shape[1:]).mean(1) for key, x in found.items()}
 
 # %% ../nbs/06_directions.ipynb #cell-016
-KINDS = ('difference in means', 'probe')
+KINDS = ('difference in means', 'probe', 'against the control')
 
 def difference(tuned: Tensor, base: Tensor) -> Tensor: # (layers, width), unit rows
     "The difference of mean states after every block."
@@ -103,8 +102,8 @@ def project(x: Tensor, directions: Tensor) -> np.ndarray: # (rows, layers)
     return torch.einsum('nlw,lw->nl', x, directions).numpy()
 
 def auroc(more: np.ndarray, less: np.ndarray) -> float:
-    "The chance that a value of the first is larger than one of the second."
-    return roc_auc_score(np.r_[np.ones(len(more)), np.zeros(len(less))], np.r_[more, less])
+    "The chance that a value of the first is larger than one of the second; ties count half."
+    return float(((more[:, None] > less) + .5*(more[:, None] == less)).mean())
 
 def signal(
     directions: Tensor,                  # (layers, width)
@@ -125,7 +124,7 @@ def signal_plot(signals: pd.DataFrame, tokens: str='answer', pool: str='mean') -
     "AUROC on unseen prompts by layer, against the base and against the control."
     fig, rows = go.Figure(), signals[(signals.tokens == tokens) & (signals.pool == pool)]
     for (kind, against), f in rows.groupby(['kind', 'against'], sort=False):
-        colour, dash = ('#0072B2', '#D55E00')[KINDS.index(kind)], 'solid' if against == 'base' else 'dash'
+        colour, dash = ('#0072B2', '#D55E00', '#009E73')[KINDS.index(kind)], 'solid' if against == 'base' else 'dash'
         fig.add_scatter(x=[*f.layer, *f.layer[::-1]], y=[*f.high, *f.low[::-1]], fill='toself', fillcolor=colour, opacity=.12, line_width=0, hoverinfo='skip', showlegend=False)
         fig.add_scatter(x=f.layer, y=f.value, mode='lines', line=dict(color=colour, dash=dash), name=f'{kind}, against the {against}', hovertemplate='block %{x}: %{y:.3f}<extra></extra>')
     fig.add_hline(y=.5, line=dict(color='#555', dash='dot', width=1))
@@ -210,13 +209,15 @@ def chosen_strength(
 # %% ../nbs/06_directions.ipynb #cell-032
 def removed(
     answers: pd.DataFrame, # graded by one judge: columns what ('base', 'tuned' and others), id, misaligned, coherent
-) -> pd.DataFrame:         # what, value, low, high: share of the excess misalignment that is gone; incoherent, n
-    "How much of the fine-tuned model's excess misalignment each edit removes, paired over prompts."
+    plain: tuple=('base', 'tuned', 'control', 'added to the base'), # no edits of the fine-tuned model
+) -> pd.DataFrame:         # what, misaligned, incoherent, n; value, low, high: share of the excess misalignment that an edit takes away
+    "How misaligned each model is, and how much of the fine-tuned model's excess each edit removes, paired over prompts."
     harm = answers.assign(harm=answers.misaligned.astype(float)).pivot(index='id', columns='what', values='harm').dropna()
     def share(base, tuned, edited): return (tuned.mean() - edited.mean())/(tuned.mean() - base.mean()) if tuned.mean() > base.mean() else np.nan
     broken = answers.coherent.eq(False).groupby(answers.what).mean()
-    rows = [(what, *bootstrap([harm.base, harm.tuned, harm[what]], share), broken[what], len(harm)) for what in harm if what not in ('base', 'tuned')]
-    return pd.DataFrame(rows, columns=['what', 'value', 'low', 'high', 'incoherent', 'n'])
+    gone = lambda what: (np.nan,)*3 if what in plain else bootstrap([harm.base, harm.tuned, harm[what]], share)
+    rows = [(what, harm[what].mean(), broken[what], len(harm), *gone(what)) for what in dict.fromkeys([*[w for w in plain if w in harm], *harm])]
+    return pd.DataFrame(rows, columns=['what', 'misaligned', 'incoherent', 'n', 'value', 'low', 'high'])
 
 # %% ../nbs/06_directions.ipynb #cell-038
 def along(
@@ -334,11 +335,11 @@ def course_plot(
 # %% ../nbs/06_directions.ipynb #cell-062
 def finding(signals: pd.DataFrame, outcome: pd.DataFrame) -> str: # Markdown
     "What the directions tell, in words."
-    rows = signals[(signals.kind == KINDS[0]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high'])
+    rows = signals[(signals.kind == KINDS[2]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high'])
     layer = rows['value'].min(axis=1).idxmax()
     say = lambda against: f'{rows["value", against][layer]:.3f} [{rows["low", against][layer]:.3f}, {rows["high", against][layer]:.3f}]'
-    gone = outcome[~outcome.what.isin(['control', 'added to the base'])]
+    gone = outcome.dropna(subset=['value'])
     best = gone.groupby('what').value.mean().idxmax() if len(gone) else None
     parts = ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}] ({r.incoherent:.0%} incoherent)' for r in gone[gone.what == best].itertuples())
-    return (f'After block {layer} the difference in means tells the fine-tuned model from its base on unseen prompts with an AUROC of {say("base")}, and from the control with {say("control")}. '
+    return (f'After block {layer} the direction against the control tells the fine-tuned model from its base on unseen prompts with an AUROC of {say("base")}, and from the control with {say("control")}. '
             + (f'Taking it out ({best}) removes {parts} of the excess misalignment by the {" / ".join(gone[gone.what == best].judge)} judges.' if best else 'No edit stayed within the budget.'))
