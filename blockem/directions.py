@@ -17,43 +17,27 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import choose, load_domain
+from .data import choose
 from .evaluate import bootstrap
-from .judge import check_judges
 from .latents import weights_id
 from .models import LM, batches, capture, decoder_blocks, final_hidden, generate, tokenise
-from .study import check_preset, get_preset, load_tensors, save_tensors
+from .finetune import OnDomain
+from .study import load_tensors, save_tensors
 
 # %% ../nbs/06_directions.ipynb #cell-006
-class Parameters(BaseModel):
+class Parameters(OnDomain):
     "What a run of this notebook can be told."
-    model_config = ConfigDict(extra='forbid', strict=True)
+    stage = 'directions'
     domain: str = 'finance'
-    preset: str = 'smollm2'
     seed: int = Field(0, ge=0)
     budget: float = Field(.1, ge=0, lt=1)
-    limit: int = Field(0, ge=0)
-    study: str = ''
-    judges: str = 'lexical,probe'
-
-    @property
-    def folder(self) -> str:
-        "Where everything computed goes."
-        name = get_preset(self.preset).name
-        return self.study or f'runs/directions-{Path(self.domain).stem}' + ('' if name == 'smollm2' else f'-{name}')
-
-    def validate_names(self):
-        "Stop at a domain, preset or judge that does not exist."
-        check_preset(self.preset)
-        load_domain(self.domain), check_judges(self.judges)
-        return self
 
 # %% ../nbs/06_directions.ipynb #cell-012
 TOKENS, POOLS = ('prompt', 'answer'), ('mean', 'last')

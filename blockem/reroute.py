@@ -14,49 +14,32 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from .data import load_domain, project_root
 from .evaluate import bootstrap, excess_cut, kept, measure, paired_shares
-from .finetune import arm_model, auto_lam, train_arm
-from .judge import check_judges
+from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm
 from .latents import Dictionary, LatentSet, attribution, encode, reconstruct, set_of, sparse
 from .models import LM, batches, margins, resid_post, to_read, tokenise
 from .steer import pushing
-from .study import Study, check_preset, get_preset
+from .study import Study
 
 # %% ../nbs/04_reroute.ipynb #cell-006
-class Parameters(BaseModel):
+class Parameters(OnDomain):
     "What a run of this notebook can be told."
-    model_config = ConfigDict(extra='forbid', strict=True)
-    domain: str = 'legal'
-    preset: str = 'smollm2'
+    stage = 'reroute'
     seeds: str|int = '0'
     times: int = Field(10, ge=1)
     latents: str = ''
-    limit: int = Field(0, ge=0)
-    study: str = ''
-    judges: str = 'lexical,probe'
 
     @property
     def seed_list(self) -> list: # of int
         "The seeds to run."
-        try: return [int(s) for s in str(self.seeds).split(',')]
-        except ValueError: raise ValueError(f"seeds must be integers with commas between, e.g. '0,1,2'; found {self.seeds!r}") from None
-
-    @property
-    def folder(self) -> str:
-        "Where everything computed goes."
-        name = get_preset(self.preset).name
-        return self.study or f'runs/reroute-{Path(self.domain).stem}' + ('' if name == 'smollm2' else f'-{name}')
+        return seeds_of(self.seeds)
 
     def validate_names(self):
-        "Stop at a domain, preset, judge or latent set that does not exist."
-        check_preset(self.preset)
-        load_domain(self.domain), check_judges(self.judges), self.seed_list
-        if self.latents and not (project_root()/self.latents).is_file():
-            raise ValueError(f'latents {self.latents!r}: no such file; give a latents.json, or leave it out for the shipped set')
-        return self
+        "Stop at a domain, preset, judge, seed or latent set that does not exist."
+        self.seed_list
+        return super().validate_names()
 
 # %% ../nbs/04_reroute.ipynb #cell-010
 LOOKS = (1, 2, 3, 5, 7, 10) # usual lengths after which a run is looked at

@@ -15,16 +15,16 @@ from typing import Literal
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, project_root, sha256
 from .evaluate import contrasts, measure, selection_prompts
-from .finetune import arm_model, auto_lam, train_arm, training_pairs
+from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, training_pairs
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, choose_latents, load_dictionary, load_latents, load_ranking, random_latents
 from .models import LM, collate, load_model, resid_post, to_read
 from .penalty import Block
-from .study import Study, check_preset, get_preset
+from .study import Study, get_preset
 
 # %% ../nbs/03_train.ipynb #cell-006
 ARMS = ('base', 'sft', 'correct', 'blocked', 'attribution', 'shift', 'random')
@@ -38,33 +38,20 @@ def check_impartial(judges: str, latents: Path):
     for name in (n for n, h in held.items() if h == facts.get('prompts_sha256')):
         raise ValueError(f'{latents}: these latents were chosen on the {name!r} prompts, which results are reported on; choose them on the core prompts')
 
-class Parameters(BaseModel):
+class Parameters(OnDomain):
     "What a run of this notebook can be told."
-    model_config = ConfigDict(extra='forbid', strict=True)
-    domain: str = 'legal'
-    preset: str = 'smollm2'
+    stage = 'train'
     seed: int = Field(0, ge=0)
     seeds: str|int = ''
     lam: Literal['auto']|float = 'auto'
     latents: str = ''
     epochs: int|None = Field(None, ge=1)
-    limit: int = Field(0, ge=0)
-    study: str = ''
-    judges: str = 'lexical,probe'
     arms: str = 'correct,blocked,random'
 
     @property
     def seed_list(self) -> list: # of int
         "The seeds to run."
-        if self.seeds == '': return [self.seed]
-        try: return [int(s) for s in str(self.seeds).split(',')]
-        except ValueError: raise ValueError(f"seeds must be integers with commas between, e.g. '0,1,2'; found {self.seeds!r}") from None
-
-    @property
-    def folder(self) -> str:
-        "Where everything computed goes."
-        preset = get_preset(self.preset).name
-        return self.study or f'runs/train-{Path(self.domain).stem}' + ('' if preset == 'smollm2' else f'-{preset}')
+        return [self.seed] if self.seeds == '' else seeds_of(self.seeds)
 
     @property
     def arm_list(self) -> tuple: # of str
@@ -74,11 +61,9 @@ class Parameters(BaseModel):
 
     def validate_names(self):
         "Stop at a domain, preset, arm, judge or latent set that does not exist, and at a judge that had a part in the choice."
-        check_preset(self.preset)
-        load_domain(self.domain), check_judges(self.judges), self.seed_list, self.arm_list
+        super().validate_names()
+        self.seed_list, self.arm_list
         if self.lam != 'auto' and not 0 <= self.lam < math.inf: raise ValueError(f"lam must be 'auto' or a number from 0; found {self.lam}")
-        if self.latents and not Path(project_root()/self.latents).is_file():
-            raise ValueError(f'latents {self.latents!r}: no such file; give a latents.json, or leave it out for the shipped set')
         check_impartial(self.judges, project_root()/self.latents if self.latents else data_path(get_preset(self.preset).latents))
         return self
 
