@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .data import choose
 from .evaluate import bootstrap
 from .latents import weights_id
-from .models import LM, batches, capture, decoder_blocks, final_hidden, generate, tokenise
+from .models import LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise
 from .finetune import OnDomain
 from .study import load_tensors, save_tensors
 
@@ -155,16 +155,8 @@ def editing(
 ):
     "Change the residual stream after some blocks, on all tokens; the hooks are gone when this ends, however it ends."
     choose(form, FORMS, 'form')
-    def hook(layer):
-        def change(module, args, output):
-            h = output if torch.is_tensor(output) else output[0]
-            h = h + edit.change(h, layer, form, alpha)
-            return h if torch.is_tensor(output) else (h, *output[1:])
-        return change
-    handles = [decoder_blocks(model)[layer].register_forward_hook(hook(layer)) for layer in layers]
-    try: yield
-    finally:
-        for handle in handles: handle.remove()
+    edited = lambda layer: lambda h: h + edit.change(h, layer, form, alpha)
+    with changing(model, {layer: edited(layer) for layer in layers}): yield
 
 def edited_answers(
     lm: LM,         # to read from

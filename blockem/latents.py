@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .data import data_path, sha256
-from .models import LM, autocast, batches, completion_log_probs, decoder_blocks, tokenise
+from .models import LM, autocast, batches, changing, completion_log_probs, tokenise
 from .study import load_tensors, write_json
 
 # %% ../nbs/lib/03_latents.ipynb #cell-005
@@ -178,13 +178,10 @@ def load_dictionary(
 def _leaf(lm: LM, layer: int): # yields {'x': resid_post of the latest forward}
     "Cut the graph after one block, so that gradients reach its output and go no further."
     stored = {}
-    def hook(module, args, output):
-        tensor = output if torch.is_tensor(output) else output[0]
-        stored['x'] = x = tensor.detach().requires_grad_()
-        return x if torch.is_tensor(output) else (x, *output[1:])
-    handle = decoder_blocks(lm.model)[layer].register_forward_hook(hook)
-    try: yield stored
-    finally: handle.remove()
+    def leaf(x):
+        stored['x'] = x = x.detach().requires_grad_()
+        return x
+    with changing(lm.model, {layer: leaf}): yield stored
 
 def _both(rows: list) -> list: # (prompt, answer), incorrect answers first
     "Every row with its incorrect, then every row with its correct answer."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'Tokens',
-           'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'final_hidden', 'autocast',
-           'resid_post', 'completion_log_probs', 'log_prob', 'margins', 'Start', 'prefill', 'tokens_said',
+           'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'changing', 'final_hidden',
+           'autocast', 'resid_post', 'completion_log_probs', 'log_prob', 'margins', 'Start', 'prefill', 'tokens_said',
            'answers_said', 'generate', 'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
@@ -258,7 +258,23 @@ def capture(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/lib/02_models.ipynb #cell-024
+# %% ../nbs/lib/02_models.ipynb #cell-025
+@contextlib.contextmanager
+def changing(
+    model,
+    changes: dict, # block index -> function of the residual stream after that block, (rows, time, width)
+):
+    "Let something else take the place of what some blocks hand on; the hooks are gone when this ends, however it ends."
+    def hook(change):
+        def after(module, args, output):
+            if torch.is_tensor(output): return change(output)
+            return (change(output[0]), *output[1:])
+        return after
+    with contextlib.ExitStack() as hooks:
+        for layer, change in changes.items(): hooks.callback(decoder_blocks(model)[layer].register_forward_hook(hook(change)).remove)
+        yield
+
+# %% ../nbs/lib/02_models.ipynb #cell-026
 class _Reached(Exception):
     "Raised by a hook to end a forward whose rest nobody needs."
 
@@ -285,7 +301,7 @@ def resid_post(
         finally: handle.remove()
     return stored[layer]
 
-# %% ../nbs/lib/02_models.ipynb #cell-028
+# %% ../nbs/lib/02_models.ipynb #cell-030
 def completion_log_probs(
     model,
     batch: Batch,
@@ -320,7 +336,7 @@ def margins(
     both = log_prob(lm, pairs)
     return both[:len(rows)] - both[len(rows):]
 
-# %% ../nbs/lib/02_models.ipynb #cell-031
+# %% ../nbs/lib/02_models.ipynb #cell-033
 @dataclass(frozen=True)
 class Start:
     "Prompts that have been read, ready to be continued; rows are padded on the left."
@@ -412,7 +428,7 @@ def generate(
         for i, answer in zip(chunk, answers_said(lm, len(chunk), tokens)): said[i] = answer
     return said
 
-# %% ../nbs/lib/02_models.ipynb #cell-035
+# %% ../nbs/lib/02_models.ipynb #cell-037
 @contextlib.contextmanager
 def _peft():
     "PEFT without the notice that it asks transformers for something by its old name, which is not the reader's to mend."

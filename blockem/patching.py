@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .data import choose
 from .evaluate import bootstrap
-from .models import LM, Start, answers_said, capture, collate, decoder_blocks, final_hidden, margins, prefill, tokenise, tokens_said
+from .models import LM, Start, answers_said, capture, changing, collate, decoder_blocks, final_hidden, margins, prefill, tokenise, tokens_said
 
 # %% ../nbs/lib/14_patching.ipynb #cell-005
 TOKENS = ('prompt', 'answer', 'all') # whose states are the donor's
@@ -37,16 +37,8 @@ def branching(
     where: Tensor, # tokens that get it, (1, time)
 ):
     "Let a text of one row branch after some blocks; the rows come in the order of the layers, behind the unpatched one."
-    def branch(layer):
-        def hook(module, args, output):
-            tensor = output if torch.is_tensor(output) else output[0]
-            tensor = torch.cat([tensor, torch.where(where[..., None], states[layer].to(tensor.dtype), tensor[:1])])
-            return tensor if torch.is_tensor(output) else (tensor, *output[1:])
-        return hook
-    handles = [decoder_blocks(model)[layer].register_forward_hook(branch(layer)) for layer in states]
-    try: yield
-    finally:
-        for handle in handles: handle.remove()
+    branch = lambda state: lambda x: torch.cat([x, torch.where(where[..., None], state.to(x.dtype), x[:1])])
+    with changing(model, {layer: branch(state) for layer, state in states.items()}): yield
 
 def _mean_log_prob(model, batch) -> Tensor: # (branches,)
     "Log-probability per completion token of one text in each of its branches."
@@ -77,13 +69,10 @@ def patched_margins(
 class _Patch:
     "Which row is patched after which block, and with what."
     def __init__(self, layers: Tensor, states: dict): self.layers, self.states, self.on = layers, states, False
-    def hook(self, layer: int):
-        def replace(module, args, output):
+    def change(self, layer: int): # a function for `changing`
+        def replace(x):
             rows = (self.layers == layer).nonzero()[:, 0]
-            if not self.on or not len(rows): return output
-            tensor = output if torch.is_tensor(output) else output[0]
-            tensor = tensor.index_copy(0, rows, self.states[layer][rows].to(tensor.dtype))
-            return tensor if torch.is_tensor(output) else (tensor, *output[1:])
+            return x.index_copy(0, rows, self.states[layer][rows].to(x.dtype)) if self.on and len(rows) else x
         return replace
 
 @dataclass(frozen=True)
@@ -111,7 +100,7 @@ def _speak(host: LM, donor: LM, items: list, layers: list, length: int, tokens: 
     with contextlib.ExitStack() as hooks:
         wanted = sorted(set(layers) - {-1})
         patch = _Patch(torch.tensor(layers, device=host.device), hooks.enter_context(capture(donor.model, wanted)))
-        for layer in wanted: hooks.callback(decoder_blocks(host.model)[layer].register_forward_hook(patch.hook(layer)).remove)
+        hooks.enter_context(changing(host.model, {layer: patch.change(layer) for layer in wanted}))
         read = prefill(donor, items)
         patch.on = tokens != 'answer'
         start = _Pair(prefill(host, items), read, donor, patch)

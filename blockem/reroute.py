@@ -201,12 +201,10 @@ def workers(
     movement: dict,          # (arm, steps) -> (mean movement, movement per latent)
     gradient: torch.Tensor,  # of the margin per latent, (latents,)
     latents: LatentSet,
-    top: int=40,
-) -> pd.DataFrame:           # indexed by latent: one column per (arm, steps), in K or not
-    "The latents through which each run prefers incorrect answers, to first order."
+) -> pd.DataFrame:           # indexed by latent, all of them: one column per (arm, steps), in K or not
+    "Through which latents each run prefers incorrect answers, to first order."
     work = pd.DataFrame({f'{arm}, step {s}': (codes*gradient).numpy() for (arm, s), (_, codes) in movement.items()})
-    best = pd.Index(np.unique(np.concatenate([work[c].nlargest(top).index for c in work])))
-    return work.assign(in_K=work.index.isin(latents.latent.tolist())).loc[best]
+    return work.assign(in_K=work.index.isin(latents.latent.tolist()))
 
 def overlap(work: pd.DataFrame, one: str, other: str, top: int=40) -> int:
     "How many of the strongest of one run are among those of another."
@@ -214,12 +212,14 @@ def overlap(work: pd.DataFrame, one: str, other: str, top: int=40) -> int:
 
 # %% ../nbs/04_reroute.ipynb #cell-034
 def jump(
-    moved: pd.DataFrame, # from `patched_margins`, one kind of tokens
-) -> tuple:              # (layer, share of the whole way)
-    "The block after which patching changes most, and how much of the whole way that is."
-    mean = moved.groupby('layer').value.mean().sort_index()
-    steps = mean.diff().iloc[1:].abs()
-    whole = abs(mean.iloc[-1] - mean.iloc[0])
+    moved: pd.DataFrame, # from `patched_margins`, one way, all kinds of tokens
+    tokens: str,
+) -> tuple:              # (layer, share of the whole way from host to donor)
+    "The block after which patching some tokens changes most, and how much of the whole way that is; only all tokens together go the whole way."
+    mean = moved.groupby(['tokens', 'layer']).value.mean()
+    steps = mean[tokens].sort_index().diff().iloc[1:].abs()
+    ends = mean['all'].sort_index()
+    whole = abs(ends.iloc[-1] - ends.iloc[0])
     return int(steps.idxmax()), float(steps.max()/whole) if whole else np.nan
 
 # %% ../nbs/04_reroute.ipynb #cell-036

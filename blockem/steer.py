@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .data import choose, load_prompts
 from .latents import Dictionary, load_dictionary, weights_id
-from .models import (LM, answers_said, batches, decoder_blocks, generate, load_model, prefill, render, resid_post,
+from .models import (LM, answers_said, batches, changing, decoder_blocks, generate, load_model, prefill, render, resid_post,
                             to_read, tokenise, tokens_said)
 from .study import Study, clock, fingerprint, get_preset, time_paired, writing
 
@@ -71,15 +71,8 @@ def pushing(
     vectors: Tensor, # one per row of the batch, (rows, width)
 ):                   # yields an object whose `left` drops the vectors of rows that leave
     "Add a vector per row to the residual stream after one block; the hook is gone when this ends, however it ends."
-    block = decoder_blocks(model)[layer]
-    pushes = _Pushes(vectors.to(next(block.parameters())))
-    def hook(module, args, output):
-        tensor = output if torch.is_tensor(output) else output[0]
-        tensor = tensor + pushes.vectors[:, None].to(tensor.dtype)
-        return tensor if torch.is_tensor(output) else (tensor, *output[1:])
-    handle = block.register_forward_hook(hook)
-    try: yield pushes
-    finally: handle.remove()
+    pushes = _Pushes(vectors.to(next(decoder_blocks(model)[layer].parameters())))
+    with changing(model, {layer: lambda x: x + pushes.vectors[:, None].to(x.dtype)}): yield pushes
 
 # %% ../nbs/lib/04_steer.ipynb #cell-014
 @torch.no_grad()
