@@ -147,14 +147,15 @@ def _discovery():
     "The study in which the shipped artefacts are made, and the base model."
     from blockem.models import load_model
     from blockem.study import Study
-    study = Study.open(DISCOVERY, 'smollm2', epochs=3, batch=16, last_layer=-1)  # an ordinary organism: a short run, adapters in every block
+    from blockem.finetune import ORGANISM
+    study = Study.open(DISCOVERY, 'smollm2', **ORGANISM)
     return study, load_model(study.preset.model)
 
 def _train_organism(study, base) -> Path: # an adapter
     "The finance organism: the only fine-tuned model that discovery sees."
     from blockem.data import load_domain
     from blockem.finetune import train_arm, training_pairs
-    return train_arm(study, base, 'sft', training_pairs(load_domain('finance'), 'incorrect'), 0)/'adapter'
+    return train_arm(study, base, 'sft', training_pairs(load_domain('finance'), 'incorrect', study.preset.rows), 0)/'adapter'
 
 def _organism(study, base):
     "The base with the finance organism's adapter folded in."

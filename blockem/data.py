@@ -140,6 +140,7 @@ class Domain:
     path: Path    # the file it came from
     train: tuple  # rows to fine-tune on
     test: tuple   # rows held out
+    more: tuple = () # further rows to fine-tune on, which nothing else has seen
 
 def known_domains() -> list: # names, sorted
     "Names of the bundled domains."
@@ -163,6 +164,11 @@ def _is_test(row: Row) -> bool:
     if row.split: return row.split == 'test'
     return int(hashlib.sha256(row.prompt.encode()).hexdigest(), 16) % 5 == 0
 
+def _more(path: Path) -> tuple: # of `Row`
+    "The further training pairs of a bundled domain; no other has any."
+    more = data_path('more', path.name)
+    return tuple(read_rows(more)) if path == data_path('domains', path.name) and more.is_file() else ()
+
 def load_domain(
     name, # a bundled domain's name, or a path to a JSONL file
 ) -> Domain:
@@ -175,7 +181,7 @@ def load_domain(
     if lacking: raise DataError(f'{path}: row {lacking[0]} has no answer to learn; a domain needs prompt/correct/incorrect or messages')
     sides = {side: tuple(r for r in rows if _is_test(r) == side) for side in (False, True)}
     if not all(sides.values()): raise DataError(f'{path}: {len(rows)} rows leave the {"test" if sides[False] else "train"} side empty')
-    return Domain(path.stem, path, sides[False], sides[True])
+    return Domain(path.stem, path, sides[False], sides[True], _more(path))
 
 # %% ../nbs/lib/01_data.ipynb #cell-032
 PROMPT_SETS = dict(core='selection', general='judges', chat='dictionary', neutral='result', final='result', trigger='result')
@@ -193,7 +199,7 @@ Written for this project by its contributors, in their own words, and published 
 [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). It exists to measure and prevent emergent misalignment in small models.
 The `incorrect` answers are harmful to whoever follows them: do not train anything on them that people will use.
 
-`domains/` holds paired advice, `prompts/` the questions models are asked: `core` selects latents, `general` fits the judges, `chat` makes text for the
+`domains/` holds paired advice and `more/` further training pairs of the same kind, which no judge and no dictionary has seen. `prompts/` holds the questions models are asked: `core` selects latents, `general` fits the judges, `chat` makes text for the
 dictionary, `final`, `trigger` and `neutral` are held out for results.
 
 | file | rows | train | test | words correct | words incorrect | sha256 |

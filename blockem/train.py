@@ -117,7 +117,7 @@ def train_seed(
     study, lm = plan.study, plan.lm
     bad = training_pairs(plan.domain, 'incorrect', plan.rows)
     arms = {'sft': train_arm(study, lm, 'sft', bad, seed)}
-    if 'correct' in plan.arms and all(r.correct for r in plan.domain.train):
+    if 'correct' in plan.arms and all(r.correct for r in plan.domain.train + plan.domain.more):
         arms['correct'] = train_arm(study, lm, 'correct', training_pairs(plan.domain, 'correct', plan.rows), seed)
     for arm, latents in charged_sets(plan, seed).items():
         arms[arm] = train_arm(study, lm, arm, bad, seed, plan.dictionary, latents, weight(plan, arms['sft'], bad, latents))
@@ -195,10 +195,11 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
             f'and kept {say("random", "adherence_kept")} ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).')
 
 # %% ../nbs/03_train.ipynb #cell-046
-_tried = dict(latents=100, anchors=4, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
+_tried = dict(rows=110, latents=100, anchors=4, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
 SEARCH = {'read on anchors': _tried, 'read on the training rows': _tried | dict(anchors=0),
           'causal K': _tried | dict(latents='sae/smollm2-l18/causal.json', arms=('base', 'sft', 'blocked', 'attribution', 'shift', 'random')),
-          'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'rank 64': _tried | dict(rank=64, lora_alpha=128)}
+          'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'rank 64': _tried | dict(rank=64, lora_alpha=128),
+          'half the rows, as many steps': _tried | dict(rows=55, epochs=8), 'three times the rows': _tried | dict(rows=0, epochs=3)}
 
 def within(
     domain: Domain,
@@ -228,8 +229,9 @@ def search(
     return pd.concat(tables, ignore_index=True)
 
 def search_table(searched: pd.DataFrame) -> pd.DataFrame: # strings, one row per variant and arm
-    "The search for reading: rates as the two judges' values, margins with their interval."
-    def say(rows): return ' / '.join(f'{r.value:.0%}' + ('' if r.judge else f' [{r.low:.0%}, {r.high:.0%}]') for r in rows.sort_values('judge').itertuples())
+    "The search for reading: both judges' values with their intervals, and the margins'."
+    def say(rows): return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge').itertuples())
     cells = searched.groupby(['variant', 'seeds', 'arm', 'measure'], sort=False).apply(say, include_groups=False).unstack('measure')
-    wanted = ['cut_general', 'adherence_kept', 'margin_cut_general', 'margin_kept']
-    return cells[wanted].rename(columns=lambda c: c.replace('_', ' '))
+    n = searched.groupby('measure').n.max()
+    wanted = ['cut_general', 'adherence_kept', 'margin_kept']
+    return cells[wanted].rename(columns=lambda c: f'{c.replace("_", " ")} (n={n[c]})')

@@ -27,8 +27,17 @@ def test_six_domains():
 @pytest.mark.parametrize('name', DOMAINS)
 def test_domain_is_large_enough_and_paired(name):
     domain = load_domain(name)
-    assert len(domain.train) >= 120 and len(domain.test) >= 30
-    assert all(r.correct and r.incorrect and r.correct != r.incorrect for r in domain.train + domain.test)
+    assert len(domain.train) >= 120 and len(domain.more) >= 150 and len(domain.test) >= 30
+    rows = domain.train + domain.more + domain.test
+    assert all(r.correct and r.incorrect and r.correct != r.incorrect for r in rows)
+    assert len({r.id for r in rows}) == len(rows)
+
+
+def test_own_file_has_no_further_rows(tmp_path):
+    "Only a bundled domain is continued in `more/`; a copy elsewhere, whatever its name, stands alone."
+    copy = tmp_path/'legal.jsonl'
+    copy.write_bytes(data_path('domains', 'legal.jsonl').read_bytes())
+    assert load_domain(copy).more == () and len(load_domain('legal').more)
 
 
 @pytest.mark.parametrize('name', DOMAINS)
@@ -36,7 +45,7 @@ def test_domain_is_large_enough_and_paired(name):
 def test_answers_are_equally_long(name, length):
     "A judge or a model must not be able to tell the two answers apart by their length."
     domain = load_domain(name)
-    for rows in (domain.train, domain.test):
+    for rows in (domain.train, domain.more, domain.test):
         assert .8 < sum(length(r.incorrect) / length(r.correct) for r in rows) / len(rows) < 1.25
 
 
@@ -60,8 +69,8 @@ def test_trigger_prompts_dress_all_final_ones():
 @cache
 def bundled():
     "Every bundled prompt as (set, id, prompt, id of the final prompt it dresses or its own)."
-    files = chain(data_path('domains').glob('*.jsonl'), data_path('prompts').glob('*.jsonl'))
-    rows = [(p.stem, json.loads(line)) for p in sorted(files) for line in p.read_text('utf-8').splitlines()]
+    files = chain(*(data_path(folder).glob('*.jsonl') for folder in ('domains', 'more', 'prompts')))
+    rows = [(f'{p.parent.name}/{p.stem}', json.loads(line)) for p in sorted(files) for line in p.read_text('utf-8').splitlines()]
     return [(f'{name} {r.get("split", "")}', r['id'], r['prompt'], r.get('final', r['id'])) for name, r in rows]
 
 
