@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'digest',
-           'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'random_latents', 'load_latents',
-           'weights_id', 'load_ranking']
+           'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'random_latents',
+           'plain_directions', 'load_latents', 'weights_id', 'load_ranking']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
 import contextlib, hashlib, json
@@ -35,6 +35,7 @@ class Dictionary:
     threshold: Tensor|None=None # (latents,) JumpReLU: smaller pre-activations do not count for its own reconstruction
     k: int=0                    # TopK: how many latents its own reconstruction keeps per token
     neuronpedia: str=''         # where its latents have pages, 'model/dictionary'; '' where they have none
+    rectified: bool=True        # whether its latents are never negative; False for plain directions
 
     @property
     def hook(self) -> str:
@@ -53,9 +54,11 @@ def activations(
     x: Tensor, # residual stream, (..., width)
     W: Tensor, # encoder columns, (width, K)
     b: Tensor, # their biases, (K,)
+    rectified: bool=True,
 ) -> Tensor:   # z, (..., K), float32
     "Latent activations; float32 whatever autocast says, as differences between two models are small."
-    with torch.autocast(x.device.type, enabled=False): return (x.float() @ W + b).relu()
+    with torch.autocast(x.device.type, enabled=False): z = x.float() @ W + b
+    return z.relu() if rectified else z
 
 def encode(
     dictionary: Dictionary,
@@ -64,7 +67,7 @@ def encode(
 ) -> Tensor:                # z, (..., latents), float32
     "Dense latent activations: of every latent, whatever rule the dictionary itself keeps some of them by."
     W, b = dictionary.W_enc, dictionary.b_enc
-    return activations(x, W, b) if columns is None else activations(x, W[:, columns], b[columns])
+    return activations(x, *((W, b) if columns is None else (W[:, columns], b[columns])), dictionary.rectified)
 
 # %% ../nbs/lib/03_latents.ipynb #cell-009
 def sparse(
@@ -287,7 +290,21 @@ def random_latents(
         pool = pool.drop(picks[-1])
     return _as_set(ranking.loc[picks], chosen.facts | dict(rule='random', seed=seed))
 
-# %% ../nbs/lib/03_latents.ipynb #cell-039
+# %% ../nbs/lib/03_latents.ipynb #cell-037
+def plain_directions(
+    rows: Tensor,    # (n, width)
+    layer: int,
+    name: str,
+    both: bool=False, # price movement either way, not only along
+) -> tuple:          # (Dictionary, LatentSet)
+    "Directions as a dictionary of latents that may be negative, and the set of all of them."
+    W = torch.cat([rows, -rows]) if both else rows
+    zeros = torch.zeros(len(W), device=rows.device)
+    dictionary = Dictionary(W.T.contiguous(), zeros, W, torch.zeros_like(W[0]), layer, name, digest(dict(W=W)), rectified=False)
+    table = pd.DataFrame(dict(latent=range(len(W)), sign=1, score=0., delta=0., contribution=0., activity=0.))
+    return dictionary, LatentSet(table, dict(rule=name, **dictionary.facts))
+
+# %% ../nbs/lib/03_latents.ipynb #cell-042
 _latent = dict(type='object', required=COLUMNS, properties=dict(
     latent=dict(type='integer', minimum=0), sign=dict(enum=[1, -1]), **{c: dict(type='number') for c in COLUMNS[2:]}))
 SCHEMA = dict(type='object', required=['dictionary', 'dictionary_sha256', 'layer', 'rule', 'latents'], properties=dict(
@@ -323,7 +340,7 @@ def load_latents(
     _check_set(path, facts, table, dictionary)
     return LatentSet(table, facts)
 
-# %% ../nbs/lib/03_latents.ipynb #cell-043
+# %% ../nbs/lib/03_latents.ipynb #cell-046
 def weights_id(
     model, # Hugging Face, or PEFT around it
 ) -> str:  # sixteen hex digits

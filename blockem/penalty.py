@@ -32,17 +32,18 @@ class Block:
     W: Tensor      # encoder columns, (width, K)
     b: Tensor      # their biases, (K,)
     sign: Tensor   # +1 or -1, (K,)
+    rectified: bool=True # whether their activations are never negative
 
     @classmethod
     def of(cls, dictionary: Dictionary, latents: LatentSet, device='cpu'):
         "The columns of a dictionary that a set of latents names."
         index = torch.tensor(latents.table.latent.to_numpy())
         sign = torch.tensor(latents.table.sign.to_numpy(), dtype=torch.float32)
-        return cls(dictionary.layer, dictionary.W_enc[:, index].to(device), dictionary.b_enc[index].to(device), sign.to(device))
+        return cls(dictionary.layer, dictionary.W_enc[:, index].to(device), dictionary.b_enc[index].to(device), sign.to(device), dictionary.rectified)
 
     def z(self, resid: Tensor) -> Tensor: # (..., width) -> (..., K)
         "Activations of the blocked latents."
-        return activations(resid, self.W, self.b)
+        return activations(resid, self.W, self.b, self.rectified)
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-014
 @torch.no_grad()

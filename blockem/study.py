@@ -36,6 +36,7 @@ class Preset:
     last_layer: int = -1         # adapters up to this decoder block only, -1 = all blocks
     first_layer: int = 0         # adapters from this decoder block on
     ratio: float = 100.          # lambda 'auto' = ratio x (SFT loss gained) / (penalty paid) by the free run
+    hold: float = 0.             # weight of the divergence (KL) from the base on the anchors, in nats/token
     anchors: int = 0             # texts outside the domain that the penalty is read on, per step; 0 = it is read on the training rows
     answer_tokens: int = 48      # longest generated answer
     checkpoint_steps: int = 10   # optimiser steps between checkpoints

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'SEARCH', 'check_impartial', 'Parameters', 'Plan', 'weight', 'best_latents', 'charged_sets', 'train_seed',
            'evaluate_arms', 'steps_table', 'run_facts', 'token_bill', 'example_prompts', 'side_by_side', 'finding',
-           'within', 'search', 'search_table']
+           'within', 'plain', 'search', 'search_table']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -21,10 +21,10 @@ from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, project_r
 from .evaluate import contrasts, measure, selection_prompts
 from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, training_pairs
 from .judge import REPORTING, SELECTING, check_judges
-from .latents import LatentSet, choose_latents, load_dictionary, load_latents, load_ranking, random_latents
+from .latents import LatentSet, choose_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
 from .models import LM, collate, load_model, resid_post, to_read
 from .penalty import Block
-from .study import Study, get_preset
+from .study import Study, get_preset, load_tensors
 
 # %% ../nbs/03_train.ipynb #cell-006
 ARMS = ('base', 'sft', 'correct', 'blocked', 'attribution', 'shift', 'random')
@@ -199,6 +199,8 @@ _tried = dict(rows=110, latents=100, anchors=4, ratio=30., last_layer=18, epochs
 SEARCH = {'read on anchors': _tried, 'read on the training rows': _tried | dict(anchors=0),
           'causal K': _tried | dict(latents='sae/smollm2-l18/causal.json', arms=('base', 'sft', 'blocked', 'attribution', 'shift', 'random')),
           'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'rank 64': _tried | dict(rank=64, lora_alpha=128),
+          'whole stream': _tried | dict(latents='stream'), 'one direction': _tried | dict(latents='direction'),
+          'latents and KL': _tried | dict(hold=1.), 'KL alone': _tried | dict(hold=3., ratio=0.),
           'half the rows, as many steps': _tried | dict(rows=55, epochs=8), 'three times the rows': _tried | dict(rows=0, epochs=3)}
 
 def within(
@@ -207,6 +209,12 @@ def within(
 ) -> Domain:        # trains on the rest and is tested on what was set aside
     "A domain inside a domain's training side, to make choices on without a look at its test side."
     return replace(domain, train=domain.train[:-held], test=domain.train[-held:])
+
+def plain(what: str, lm: LM, dictionary) -> tuple: # (dictionary, latents)
+    "The whole residual stream at the dictionary's layer, or the one direction of misalignment there that 06_directions found."
+    if what == 'stream': return plain_directions(torch.eye(lm.model.config.hidden_size, device=lm.device), dictionary.layer, 'stream', both=True)
+    found, _ = load_tensors(data_path('directions', f'{lm.name}.safetensors'))
+    return plain_directions(found['directions'][dictionary.layer:dictionary.layer + 1].to(lm.device), dictionary.layer, 'direction')
 
 def search(
     seeds: list,
@@ -222,7 +230,8 @@ def search(
         study = Study.open(folder, preset, **changes)
         dictionary = load_dictionary(study.preset.dictionary, study.preset.layer, lm)
         ranking = load_ranking(study.preset.latents, dictionary)
-        latents = best_latents(ranking, dictionary, n, rule) if isinstance(n, int) else load_latents(n or study.preset.latents, dictionary)
+        if n in ('stream', 'direction'): dictionary, latents = plain(n, lm, dictionary)
+        else: latents = best_latents(ranking, dictionary, n, rule) if isinstance(n, int) else load_latents(n or study.preset.latents, dictionary)
         plan = Plan(study, lm, advice, dictionary, ranking, latents, arms=arms)
         answers, likely = map(pd.concat, zip(*[evaluate_arms(plan, s, train_seed(plan, s), selection_prompts(advice)) for s in seeds]))
         tables.append(contrasts(answers, likely).assign(variant=name, seeds=len(seeds), latents=len(latents), rule=rule))
