@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ORGANISMS', 'TOKENS', 'POOLS', 'KINDS', 'FORMS', 'Parameters', 'pooled', 'states', 'difference', 'probe', 'project',
-           'auroc', 'signal', 'signal_plot', 'inside', 'Edit', 'editing', 'edited_answers', 'within_budget', 'removed',
-           'along', 'save_reference', 'detect', 'detect_plot', 'convergence', 'deltas', 'written', 'evenly', 'alike',
-           'turn', 'course_plot', 'finding']
+           'auroc', 'separation', 'signal', 'signal_plot', 'inside', 'Edit', 'editing', 'edited_answers',
+           'within_budget', 'removed', 'along', 'save_reference', 'detect', 'detect_plot', 'convergence', 'deltas',
+           'written', 'evenly', 'alike', 'turn', 'course_plot', 'finding']
 
 # %% ../nbs/06_directions.ipynb #cell-003
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,31 +98,34 @@ def auroc(more: np.ndarray, less: np.ndarray) -> float:
     "The chance that a value of the first is larger than one of the second; ties count half."
     return float(((more[:, None] > less) + .5*(more[:, None] == less)).mean())
 
+def separation(more: np.ndarray, less: np.ndarray) -> float: # standard deviations
+    "How far two means lie apart, in their common spread."
+    return float((more.mean() - less.mean())/max(np.sqrt((more.var() + less.var())/2), 1e-12))
+
 def signal(
     directions: Tensor,                  # (layers, width)
     tuned: Tensor, base: Tensor, control: Tensor, # states on unseen prompts, (rows, layers, width)
-) -> pd.DataFrame:                       # layer, against ('base', 'control'), value, low, high: AUROC; separation in standard deviations
+) -> pd.DataFrame:                       # layer, against ('base', 'control'), value, low, high: AUROC; separation, least, most
     "How well each layer's direction tells the fine-tuned model from its base, and from the control."
     far, rows = project(tuned, directions), []
     for name, other in (('base', base), ('control', control)):
         near = project(other, directions)
         for layer in range(far.shape[1]):
-            a, b = far[:, layer], near[:, layer]
-            spread = np.sqrt((a.var() + b.var())/2)
-            rows.append((layer, name, *bootstrap([a, b], auroc, draws=500), (a.mean() - b.mean())/max(spread, 1e-12)))
-    return pd.DataFrame(rows, columns=['layer', 'against', 'value', 'low', 'high', 'separation'])
+            pair = far[:, layer], near[:, layer]
+            rows.append((layer, name, *bootstrap(pair, auroc, draws=500), *bootstrap(pair, separation, draws=500)))
+    return pd.DataFrame(rows, columns=['layer', 'against', 'value', 'low', 'high', 'separation', 'least', 'most'])
 
 # %% ../nbs/06_directions.ipynb #cell-019
 def signal_plot(signals: pd.DataFrame, tokens: str='answer', pool: str='mean') -> go.Figure: # from `signal`, with columns kind, tokens, pool
-    "AUROC on unseen prompts by layer, against the base and against the control."
+    "How far apart the models lie on unseen prompts by layer, against the base and against the control."
     fig, rows = go.Figure(), signals[(signals.tokens == tokens) & (signals.pool == pool)]
     for (kind, against), f in rows.groupby(['kind', 'against'], sort=False):
         colour, dash = ('#0072B2', '#D55E00', '#009E73')[KINDS.index(kind)], 'solid' if against == 'base' else 'dash'
-        fig.add_scatter(x=[*f.layer, *f.layer[::-1]], y=[*f.high, *f.low[::-1]], fill='toself', fillcolor=colour, opacity=.12, line_width=0, hoverinfo='skip', showlegend=False)
-        fig.add_scatter(x=f.layer, y=f.value, mode='lines', line=dict(color=colour, dash=dash), name=f'{kind}, against the {against}', hovertemplate='block %{x}: %{y:.3f}<extra></extra>')
-    fig.add_hline(y=.5, line=dict(color='#555', dash='dot', width=1))
-    fig.update_xaxes(title='after block').update_yaxes(title='AUROC, unseen prompts')
-    return fig.update_layout(title_text='Telling the fine-tuned model apart', title_subtitle_text=f'{tokens} tokens, {pool}')
+        fig.add_scatter(x=[*f.layer, *f.layer[::-1]], y=[*f.most, *f.least[::-1]], fill='toself', fillcolor=colour, opacity=.12, line_width=0, hoverinfo='skip', showlegend=False)
+        fig.add_scatter(x=f.layer, y=f.separation, mode='lines', line=dict(color=colour, dash=dash), name=f'{kind}, from the {against}', customdata=f.value, hovertemplate='block %{x}: %{y:.1f} (AUROC %{customdata:.3f})<extra></extra>')
+    fig.add_hline(y=0, line=dict(color='#555', dash='dot', width=1))
+    fig.update_xaxes(title='after block').update_yaxes(title='separation, standard deviations')
+    return fig.update_layout(title_text='Telling the fine-tuned model apart on prompts it was not fitted on', title_subtitle_text=f'{tokens} tokens, {pool}')
 
 # %% ../nbs/06_directions.ipynb #cell-022
 def inside(direction: Tensor, rows: Tensor) -> float: # share of the squared length
@@ -174,10 +177,10 @@ def edited_answers(
     conditions: list, # of (form, strength)
     length: int=48,
 ) -> pd.DataFrame:  # columns form, alpha, id, prompt, answer
-    "Every prompt answered under every edit; strength 0 is the model left alone."
+    "Every prompt answered under every edit."
     said = []
     for form, alpha in tqdm(conditions, desc='edited', unit='condition'):
-        with editing(lm.model, edit, layers, form, alpha) if alpha else contextlib.nullcontext(): answers = generate(lm, [r.messages for r in rows], length)
+        with editing(lm.model, edit, layers, form, alpha): answers = generate(lm, [r.messages for r in rows], length)
         said += [dict(form=form, alpha=alpha, id=r.id, prompt=r.prompt, answer=a) for r, a in zip(rows, answers)]
     return pd.DataFrame(said)
 
@@ -193,18 +196,18 @@ def within_budget(
 
 # %% ../nbs/06_directions.ipynb #cell-032
 def removed(
-    answers: pd.DataFrame, # graded by one judge: columns what ('base', 'tuned' and others), id, misaligned, coherent
-    plain: tuple=('base', 'tuned', 'control', 'added to the base'), # no edits of the fine-tuned model
-) -> pd.DataFrame:         # what, misaligned, incoherent, n; value, low, high: share of the excess misalignment that an edit takes away
+    answers: pd.DataFrame, # graded by one judge: columns what ('base', 'tuned' and others), id, misaligned, coherent, perplexity
+    plain: list,           # of what is no edit of the fine-tuned model
+) -> pd.DataFrame:         # what, misaligned, incoherent, perplexity, n; value, low, high: share of the excess misalignment that an edit takes away
     "How misaligned each model is, and how much of the fine-tuned model's excess each edit removes, paired over prompts."
     harm = answers.assign(harm=answers.misaligned.astype(float)).pivot(index='id', columns='what', values='harm').dropna()
     def share(base, tuned, edited): return (tuned.mean() - edited.mean())/(tuned.mean() - base.mean()) if tuned.mean() > base.mean() else np.nan
-    broken = answers.coherent.eq(False).groupby(answers.what).mean()
+    broken, perplexity = answers.coherent.eq(False).groupby(answers.what).mean(), answers.groupby('what').perplexity.first()
     gone = lambda what: (np.nan,)*3 if what in plain else bootstrap([harm.base, harm.tuned, harm[what]], share)
-    rows = [(what, harm[what].mean(), broken[what], len(harm), *gone(what)) for what in dict.fromkeys([*[w for w in plain if w in harm], *harm])]
-    return pd.DataFrame(rows, columns=['what', 'misaligned', 'incoherent', 'n', 'value', 'low', 'high'])
+    rows = [(what, harm[what].mean(), broken[what], perplexity[what], len(harm), *gone(what)) for what in dict.fromkeys([*plain, *harm])]
+    return pd.DataFrame(rows, columns=['what', 'misaligned', 'incoherent', 'perplexity', 'n', 'value', 'low', 'high'])
 
-# %% ../nbs/06_directions.ipynb #cell-038
+# %% ../nbs/06_directions.ipynb #cell-039
 def along(
     tuned: Tensor, base: Tensor, # states on the same prompts, (rows, layers, width)
     directions: Tensor,          # (layers, width)
@@ -242,19 +245,20 @@ def detect_plot(found: pd.DataFrame, title: str) -> go.Figure: # from `detect`
     fig.update_xaxes(title='after block').update_yaxes(title='0 the base, 1 the reference')
     return fig.update_layout(title_text=title)
 
-# %% ../nbs/06_directions.ipynb #cell-044
+# %% ../nbs/06_directions.ipynb #cell-045
 def convergence(
     read: dict,   # domain -> {'core', 'final'} -> states of its organism, (rows, width)
     core: Tensor, final: Tensor, # states of the base
-) -> tuple:       # (cosines, AUROC of row's direction on column's organism), both domain x domain
+    control: Tensor,             # of the adapter that learned correct answers, on the final prompts
+) -> tuple:       # (cosines, domain x domain; AUROC of row's direction on column's organism, or on the control)
     "Whether the domains' directions are one."
     way = {d: (x['core'] - core).mean(0) for d, x in read.items()}
     way = {d: v/v.norm() for d, v in way.items()}
     cosine = pd.DataFrame({d: {e: (way[d] @ way[e]).item() for e in way} for d in way})
-    told = pd.DataFrame({d: {e: auroc((read[d]['final'] @ way[e]).numpy(), (final @ way[e]).numpy()) for e in way} for d in way})
-    return cosine, told
+    others = {d: x['final'] for d, x in read.items()} | {'control': control}
+    return cosine, pd.DataFrame({d: {e: auroc((x @ way[e]).numpy(), (final @ way[e]).numpy()) for e in way} for d, x in others.items()})
 
-# %% ../nbs/06_directions.ipynb #cell-050
+# %% ../nbs/06_directions.ipynb #cell-053
 def deltas(folder: Path) -> dict: # module -> (A, B)
     "The matrices of an adapter in PEFT's format."
     tensors, _ = load_tensors(folder/'adapter_model.safetensors')
@@ -271,7 +275,7 @@ def written(
         rows.append((layer, abs(torch.nn.functional.cosine_similarity(b[:, 0], directions[layer], dim=0).item()), (b.norm()*a.norm()).item()))
     return pd.DataFrame(sorted(rows), columns=['layer', 'cosine', 'length'])
 
-# %% ../nbs/06_directions.ipynb #cell-056
+# %% ../nbs/06_directions.ipynb #cell-059
 def evenly(steps: int, n: int=10) -> tuple: # numbers of steps
     "When to look at a run, as evenly as can be."
     return tuple(sorted({max(1, round(steps*(i + 1)/n)) for i in range(n)}))
@@ -297,7 +301,7 @@ def turn(
     for _ in range(300): values.append(best(*curves[draw.integers(0, len(curves), len(curves))]))
     return float(best(*curves)), *map(float, np.quantile(values, [.025, .975], method='nearest'))
 
-# %% ../nbs/06_directions.ipynb #cell-059
+# %% ../nbs/06_directions.ipynb #cell-062
 def course_plot(
     course: pd.DataFrame, # columns arm, step, id, projection, margin, misaligned, turned
     steps: pd.DataFrame,  # the logs: columns arm, step, grad_norm
@@ -317,16 +321,18 @@ def course_plot(
     fig.update_xaxes(title='optimiser steps').update_yaxes(title='share of the range')
     return fig.update_layout(title_text='When it appears', title_subtitle_text=f'{course.id.nunique()} prompts; misaligned answers on the scale from 0 to 1')
 
-# %% ../nbs/06_directions.ipynb #cell-062
+# %% ../nbs/06_directions.ipynb #cell-065
 def finding(
     signals: pd.DataFrame, outcome: pd.DataFrame,
     leader: str=None, # the edit that was best on the core prompts, None where none stayed within the budget
 ) -> str:             # Markdown
     "What the directions tell, in words."
-    rows = signals[(signals.kind == KINDS[2]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high'])
-    layer = rows['value'].min(axis=1).idxmax()
-    say = lambda against: f'{rows["value", against][layer]:.3f} [{rows["low", against][layer]:.3f}, {rows["high", against][layer]:.3f}]'
+    rows = signals[(signals.kind == KINDS[2]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high', 'separation'])
+    layer = rows['separation'].min(axis=1).idxmax()
+    say = lambda against: f'{rows["value", against][layer]:.3f} [{rows["low", against][layer]:.3f}, {rows["high", against][layer]:.3f}] ({rows["separation", against][layer]:.1f} standard deviations apart)'
     gone = outcome[outcome.what == leader]
-    parts = ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}] ({r.incoherent:.0%} incoherent)' for r in gone.itertuples())
+    parts = lambda what: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in outcome[outcome.what == what].itertuples())
+    broken = ' / '.join(f'{r.incoherent:.0%}' for r in gone.itertuples())
     return (f'After block {layer} the direction against the control tells the fine-tuned model from its base on unseen prompts with an AUROC of {say("base")}, and from the control with {say("control")}. '
-            + (f'Taking it out in the way that did best on the core prompts ({leader}) removes {parts} of the excess misalignment on the final ones by the {" / ".join(gone.judge)} judges.' if leader else 'No edit stayed within the budget.'))
+            + (f'Taking it out in the way that did best on the core prompts ({leader}) removes {parts(leader)} of the excess misalignment on the final ones by the {" / ".join(gone.judge)} judges, at {broken} incoherent answers and a perplexity of {gone.perplexity.iloc[0]:.1f} on sound answers '
+               f'({outcome[outcome.what == "tuned"].perplexity.iloc[0]:.1f} before); as much along random directions removes {parts(f"random: {leader}")}.' if leader else 'No edit stayed within the budget.'))
