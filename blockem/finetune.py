@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .data import Domain, load_domain, load_prompts, project_root, sha256
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, add_lora, autocast, capture, collate, completion_log_probs, final_hidden, load_adapter, load_model, logits_before, resid_post, to_read, tokenise
+from .models import LM, add_lora, autocast, capture, collate, completion_log_probs, final_hidden, load_adapter, load_model, logits_before, to_read, tokenise
 from .penalty import Block, Price, base_latents, block_penalty, cached_base_latents, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
@@ -69,24 +69,22 @@ def losses(
     expected=None,     # log-probabilities of the base on the anchors, (completion tokens, vocabulary); None does not compare
 ) -> tuple:            # (SFT loss in nats/token, penalty unweighted, divergence from the base on the anchors in nats/token), scalars
     "SFT loss, block penalty and divergence; without anchors all comes from one forward."
-    with autocast(model), capture(model, [block.layer] if block else []) as stored:
+    with autocast(model), capture(model, block.layers if block else []) as stored:
         sft = -completion_log_probs(model, batch).mean()
     nothing = sft.new_zeros(())
     if block is None: return sft, nothing, nothing
-    priced, x, far = batch if anchors is None else anchors, stored[block.layer], nothing
+    priced, far = batch if anchors is None else anchors, nothing
     with autocast(model):
-        if anchors is not None: x, far = read_anchors(model, anchors, block.layer, expected)
+        z, far = (block.z(stored), nothing) if anchors is None else read_anchors(model, anchors, block, expected)
         if z_base is None:
-            with torch.no_grad(), model.disable_adapter(): z_base = block.z(resid_post(model, priced, block.layer)[priced.completion])
-    return sft, block_penalty(block.z(x[priced.completion]), z_base, block.sign), far
+            with torch.no_grad(), model.disable_adapter(): z_base = block.read(model, priced)[priced.completion]
+    return sft, block_penalty(z[priced.completion], z_base, block.sign), far
 
-def read_anchors(model, anchors, layer: int, expected=None) -> tuple: # (residual stream after the layer, divergence)
-    "One forward of the anchors, up to the layer unless their answers are compared as well."
-    if expected is None:
-        x = resid_post(model, anchors, layer)
-        return x, x.new_zeros(())
-    with capture(model, [layer]) as stored: logits = logits_before(model, anchors, final_hidden(model, anchors))
-    return stored[layer], F.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction='batchmean')
+def read_anchors(model, anchors, block: Block, expected=None) -> tuple: # (z on every token, divergence)
+    "One forward of the anchors, no further than the block reads unless their answers are compared as well."
+    if expected is None: return (z := block.read(model, anchors)), z.new_zeros(())
+    with capture(model, block.layers) as stored: logits = logits_before(model, anchors, final_hidden(model, anchors))
+    return block.z(stored), F.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction='batchmean')
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-010
 def epoch_batches(

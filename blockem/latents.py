@@ -36,6 +36,7 @@ class Dictionary:
     k: int=0                    # TopK: how many latents its own reconstruction keeps per token
     neuronpedia: str=''         # where its latents have pages, 'model/dictionary'; '' where they have none
     rectified: bool=True        # whether its latents are never negative; False for plain directions
+    at: Tensor|None=None        # (latents,) the decoder block that each plain direction reads; None: all read `layer`
 
     @property
     def hook(self) -> str:
@@ -292,15 +293,15 @@ def random_latents(
 
 # %% ../nbs/lib/03_latents.ipynb #cell-037
 def plain_directions(
-    rows: Tensor,    # (n, width)
-    layer: int,
+    rows: dict,       # decoder block -> directions in what it hands on, (n, width)
     name: str,
     both: bool=False, # price movement either way, not only along
-) -> tuple:          # (Dictionary, LatentSet)
+) -> tuple:           # (Dictionary, LatentSet)
     "Directions as a dictionary of latents that may be negative, and the set of all of them."
-    W = torch.cat([rows, -rows]) if both else rows
-    zeros = torch.zeros(len(W), device=rows.device)
-    dictionary = Dictionary(W.T.contiguous(), zeros, W, torch.zeros_like(W[0]), layer, name, digest(dict(W=W)), rectified=False)
+    W, at = torch.cat([*rows.values()]), torch.cat([torch.full((len(found),), layer) for layer, found in rows.items()])
+    if both: W, at = torch.cat([W, -W]), torch.cat([at, at])
+    zeros = torch.zeros(len(W), device=W.device)
+    dictionary = Dictionary(W.T.contiguous(), zeros, W, torch.zeros_like(W[0]), max(rows), name, digest(dict(W=W, at=at)), rectified=False, at=at)
     table = pd.DataFrame(dict(latent=range(len(W)), sign=1, score=0., delta=0., contribution=0., activity=0.))
     return dictionary, LatentSet(table, dict(rule=name, **dictionary.facts))
 

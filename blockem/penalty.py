@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .latents import Dictionary, LatentSet, activations
-from .models import LM, autocast, batches, log_prob, resid_post
+from .models import LM, autocast, batches, capture, log_prob, resid_post
 from .study import Study, load_tensors, save_tensors
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-005
@@ -27,23 +27,33 @@ def block_penalty(
 # %% ../nbs/lib/05_penalty.ipynb #cell-011
 @dataclass(frozen=True)
 class Block:
-    "What is needed to price K latents at one layer."
-    layer: int     # the block whose output they read
-    W: Tensor      # encoder columns, (width, K)
-    b: Tensor      # their biases, (K,)
-    sign: Tensor   # +1 or -1, (K,)
+    "What is needed to price K latents."
+    columns: tuple       # of (layer, encoder columns (width, n), their biases (n,)), K of them altogether
+    sign: Tensor         # +1 or -1, (K,), in the same order
     rectified: bool=True # whether their activations are never negative
 
     @classmethod
     def of(cls, dictionary: Dictionary, latents: LatentSet, device='cpu'):
         "The columns of a dictionary that a set of latents names."
-        index = torch.tensor(latents.table.latent.to_numpy())
-        sign = torch.tensor(latents.table.sign.to_numpy(), dtype=torch.float32)
-        return cls(dictionary.layer, dictionary.W_enc[:, index].to(device), dictionary.b_enc[index].to(device), sign.to(device), dictionary.rectified)
+        index, sign = latents.latent, latents.sign
+        at = torch.full_like(index, dictionary.layer) if dictionary.at is None else dictionary.at[index]
+        parts = [(layer, index[at == layer]) for layer in at.unique().tolist()]
+        columns = tuple((layer, dictionary.W_enc[:, part].to(device), dictionary.b_enc[part].to(device)) for layer, part in parts)
+        return cls(columns, torch.cat([sign[at == layer] for layer, _ in parts]).to(device), dictionary.rectified)
 
-    def z(self, resid: Tensor) -> Tensor: # (..., width) -> (..., K)
+    @property
+    def layers(self) -> list: # of int
+        "The decoder blocks whose output they read."
+        return [layer for layer, *_ in self.columns]
+
+    def z(self, states: dict) -> Tensor: # layer -> (..., width); (..., K)
         "Activations of the blocked latents."
-        return activations(resid, self.W, self.b, self.rectified)
+        return torch.cat([activations(states[layer], W, b, self.rectified) for layer, W, b in self.columns], -1)
+
+    def read(self, model, batch) -> Tensor: # (rows, time, K)
+        "What a model has of the blocked latents, without running the blocks behind the last of them."
+        with capture(model, self.layers) as states: resid_post(model, batch, max(self.layers))
+        return self.z(states)
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-014
 @torch.no_grad()
@@ -55,7 +65,7 @@ def base_latents(
     "The blocked latents of a model on given completions."
     out = [None]*len(items)
     for rows, batch in batches(lm, items):
-        with autocast(lm.model): z = block.z(resid_post(lm.model, batch, block.layer))
+        with autocast(lm.model): z = block.read(lm.model, batch)
         for i, row, mask in zip(rows, z, batch.completion): out[i] = row[mask]
     return out
 
@@ -73,7 +83,7 @@ def cached_base_latents(
     tensors, _ = load_tensors(study.work('base-latents', key, make)/'z.safetensors')
     return list(tensors['z'].to(lm.device).split(tensors['length'].tolist()))
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-021
+# %% ../nbs/lib/05_penalty.ipynb #cell-022
 @dataclass(frozen=True)
 class Price:
     "What the free run gained and what it would have paid."
@@ -103,7 +113,7 @@ def penalty_due(
     "What a model that was not charged would have paid, unweighted."
     return block_penalty(torch.cat(base_latents(tuned, block, items)), torch.cat(z_base), block.sign).item()
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-025
+# %% ../nbs/lib/05_penalty.ipynb #cell-026
 def saturated(
     paid: float,    # penalty of the blocked run near its end, unweighted
     free: float,    # penalty of the free run
