@@ -121,7 +121,8 @@ def signal_plot(signals: pd.DataFrame, tokens: str='answer', pool: str='mean') -
     fig, rows = go.Figure(), signals[(signals.tokens == tokens) & (signals.pool == pool)]
     for (kind, against), f in rows.groupby(['kind', 'against'], sort=False):
         colour, dash = ('#0072B2', '#D55E00', '#009E73')[KINDS.index(kind)], 'solid' if against == 'base' else 'dash'
-        fig.add_scatter(x=[*f.layer, *f.layer[::-1]], y=[*f.most, *f.least[::-1]], fill='toself', fillcolor=colour, opacity=.12, line_width=0, hoverinfo='skip', showlegend=False)
+        band = 'rgba(' + ','.join(str(int(colour[i:i + 2], 16)) for i in (1, 3, 5)) + ',.15)'
+        fig.add_scatter(x=[*f.layer, *f.layer[::-1]], y=[*f.most, *f.least[::-1]], fill='toself', fillcolor=band, line_width=0, hoverinfo='skip', showlegend=False)
         fig.add_scatter(x=f.layer, y=f.separation, mode='lines', line=dict(color=colour, dash=dash), name=f'{kind}, from the {against}', customdata=f.value, hovertemplate='block %{x}: %{y:.1f} (AUROC %{customdata:.3f})<extra></extra>')
     fig.add_hline(y=0, line=dict(color='#555', dash='dot', width=1))
     fig.update_xaxes(title='after block').update_yaxes(title='separation, standard deviations')
