@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'PLAIN', 'SEARCH', 'check_impartial', 'Parameters', 'Plan', 'weight', 'best_latents', 'charged_sets',
-           'train_seed', 'evaluate_arms', 'steps_table', 'run_facts', 'token_bill', 'example_prompts', 'side_by_side',
-           'finding', 'within', 'plain', 'search', 'search_table']
+           'train_charged', 'train_seed', 'evaluate_arms', 'steps_table', 'run_facts', 'token_bill', 'example_prompts',
+           'side_by_side', 'finding', 'within', 'plain', 'search', 'search_table']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -27,7 +27,7 @@ from .penalty import Block
 from .study import Study, get_preset, load_tensors
 
 # %% ../nbs/03_train.ipynb #cell-006
-ARMS = ('base', 'sft', 'correct', 'blocked', 'attribution', 'shift', 'random')
+ARMS = ('base', 'sft', 'correct', 'blocked', 'plain', 'hold', 'attribution', 'shift', 'random')
 
 def check_impartial(judges: str, latents: Path):
     "Refuse to report by a judge, or on prompts, that chose the latents."
@@ -46,7 +46,7 @@ class Parameters(OnDomain):
     lam: Literal['auto']|float = 'auto'
     latents: str = ''
     epochs: int|None = Field(None, ge=1)
-    arms: str = 'correct,blocked,random'
+    arms: str = 'correct,blocked,plain,hold'
 
     @property
     def seed_list(self) -> list: # of int
@@ -107,7 +107,14 @@ def charged_sets(plan: Plan, seed: int) -> dict: # arm -> latents, as far as the
     best = lambda rule: lambda: best_latents(plan.ranking, plan.dictionary, len(plan.latents), rule)
     sets = dict(blocked=lambda: plan.latents, attribution=best('contribution'), shift=best('delta_prompt'),
                 random=lambda: random_latents(plan.ranking, plan.latents, seed))
+    if plan.study.preset.hold: sets |= dict(plain=lambda: plan.latents, hold=lambda: plan.latents)  # else one is the blocked arm, the other the free one
     return {arm: choose() for arm, choose in sets.items() if arm in plan.arms}
+
+def train_charged(plan: Plan, arm: str, latents: LatentSet, free: Path, pairs: list, seed: int) -> Path:
+    "One charged arm: for its latents and what it says about the anchors, unless its name leaves one of them out."
+    study = replace(plan.study, preset=replace(plan.study.preset, hold=0.)) if arm == 'plain' else plan.study
+    lam = 0. if arm == 'hold' else weight(plan, free, pairs, latents)
+    return train_arm(study, plan.lm, arm, pairs, seed, plan.dictionary, latents, lam)
 
 def train_seed(
     plan: Plan,
@@ -120,7 +127,7 @@ def train_seed(
     if 'correct' in plan.arms and all(r.correct for r in plan.domain.train + plan.domain.more):
         arms['correct'] = train_arm(study, lm, 'correct', training_pairs(plan.domain, 'correct', plan.rows), seed)
     for arm, latents in charged_sets(plan, seed).items():
-        arms[arm] = train_arm(study, lm, arm, bad, seed, plan.dictionary, latents, weight(plan, arms['sft'], bad, latents))
+        arms[arm] = train_charged(plan, arm, latents, arms['sft'], bad, seed)
     return {arm: arms[arm] for arm in plan.arms if arm in arms}
 
 def evaluate_arms(
@@ -184,25 +191,27 @@ def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.an
 
 # %% ../nbs/03_train.ipynb #cell-043
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
-    "The result in two sentences, with its intervals."
+    "The result in one sentence, with its intervals."
     def say(arm, measure):
         rows = effect[(effect.arm == arm) & (effect.measure == measure)]
         return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    return (f'By the {judges} judges, blocking removed {say("blocked", "cut_final")} of the excess misalignment on the final prompts and kept '
-            f'{say("blocked", "adherence_kept")} of the adherence; random latents of equal size and activity removed {say("random", "cut_final")} '
-            f'and kept {say("random", "adherence_kept")} ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).')
+    names = dict(blocked='blocking with latents and divergence', plain='latents alone', hold='divergence alone', random='random latents of equal size and activity')
+    parts = [f'{name} removed {say(arm, "cut_final")} of the excess misalignment on the final prompts and kept {say(arm, "adherence_kept")} of the adherence'
+             for arm, name in names.items() if arm in set(effect.arm)]
+    return f'By the {judges} judges, ' + '; '.join(parts) + f' ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).'
 
 # %% ../nbs/03_train.ipynb #cell-046
 PLAIN = ('stream', 'direction', 'directions') # what can be blocked without a dictionary
 _tried = dict(rows=110, latents=100, anchors=4, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
+_all_rows = _tried | dict(rows=0, epochs=2) # 309 of them
 SEARCH = {'read on anchors': _tried, 'read on the training rows': _tried | dict(anchors=0),
           'causal K': _tried | dict(latents='sae/smollm2-l18/causal.json', arms=('base', 'sft', 'blocked', 'attribution', 'shift', 'random')),
           'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'rank 64': _tried | dict(rank=64, lora_alpha=128),
-          'whole stream': _tried | dict(latents='stream'), 'one direction': _tried | dict(latents='direction'), 'the direction in all blocks': _tried | dict(latents='directions'),
-          'latents and KL': _tried | dict(hold=1.), 'KL alone': _tried | dict(hold=3., ratio=0.),
-          'half the rows, as many steps': _tried | dict(rows=55, epochs=8), 'three times the rows': _tried | dict(rows=0, epochs=3)}
+          'half the rows, as many steps': _tried | dict(rows=55, epochs=8), 'all rows': _all_rows,
+          'all rows, latents and KL': _all_rows | dict(hold=1.), 'all rows, KL alone': _all_rows | dict(hold=1., ratio=0.),
+          'all rows, the whole stream': _all_rows | dict(latents='stream'), 'all rows, one direction in every block': _all_rows | dict(latents='directions')}
 
 def within(
     domain: Domain,
