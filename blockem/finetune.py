@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 from .data import Domain, load_domain, load_prompts, project_root, sha256
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, add_lora, autocast, capture, collate, completion_log_probs, final_hidden, load_adapter, load_model, logits_before, to_read, tokenise
-from .penalty import Block, Price, base_latents, block_penalty, cached_base_latents, loss_gained, penalty_due
+from .models import LM, add_lora, autocast, capture, collate, completion_log_probs, final_hidden, load_adapter, load_model, preceding, to_read, tokenise, unembed
+from .penalty import Block, Price, base_latents, base_states, block_penalty, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-005
@@ -83,7 +83,7 @@ def losses(
 def read_anchors(model, anchors, block: Block, expected=None) -> tuple: # (z on every token, divergence)
     "One forward of the anchors, no further than the block reads unless their answers are compared as well."
     if expected is None: return (z := block.read(model, anchors)), z.new_zeros(())
-    with capture(model, block.layers) as stored: logits = logits_before(model, anchors, final_hidden(model, anchors))
+    with capture(model, block.layers) as stored: logits = unembed(model, final_hidden(model, anchors)[preceding(anchors)])
     return block.z(stored), F.kl_div(logits.log_softmax(-1), expected, log_target=True, reduction='batchmean')
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-010
@@ -146,18 +146,19 @@ class Charge:
     z_base: list=None   # the base's activations per text that is priced; None computes them in each step
     anchors: list=None  # of `Tokens` outside the domain; None prices the training rows
     hold: float=0.      # weight of the divergence from the base on the anchors
+    states: list=None   # the base's final hidden states before each completion token of the anchors
 
     def at(self, lm: LM, rows: list, n: int, seed: int, step: int) -> tuple: # both weights, then what `losses` takes after the batch
         "What one step is charged for."
         if self.anchors is not None: rows = np.random.default_rng([seed, 1, step]).choice(len(self.anchors), n, replace=False).tolist()
         z = self.z_base and torch.cat([self.z_base[i] for i in rows])
         texts = None if self.anchors is None else collate([self.anchors[i] for i in rows], lm.tokenizer.pad_token_id, lm.device)
-        return self.lam, self.hold, self.block, z, texts, self.expected(lm, texts) if self.hold else None
+        return self.lam, self.hold, self.block, z, texts, self.expected(lm, rows) if self.hold else None
 
     @torch.no_grad()
-    def expected(self, lm: LM, texts) -> Tensor: # log-probabilities, (completion tokens, vocabulary)
+    def expected(self, lm: LM, rows: list) -> Tensor: # log-probabilities, (completion tokens, vocabulary)
         "What the base expects on some anchors; too much to keep for all of them."
-        with autocast(lm.model): return logits_before(lm.model, texts, final_hidden(lm.model, texts)).log_softmax(-1)
+        with autocast(lm.model): return unembed(lm.model, torch.cat([self.states[i] for i in rows])).log_softmax(-1)
 
 @torch.no_grad()
 def copy_adapter(folder: Path, model):
@@ -211,7 +212,7 @@ def train_step(model, batch, optimizer, weights, charged: tuple=None) -> dict: #
     return dict(loss=sft.item(), penalty=penalty.item(), divergence=far.item(), lam=lam, grad_norm=norm.item(), tokens=tokens, seconds=round(time.perf_counter() - start, 3))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-022
-ORGANISM = dict(epochs=3, batch=16, last_layer=-1, rows=150)  # preset fields of an ordinary misaligned model: a short run, adapters in every block
+ORGANISM = dict(epochs=3, batch=16, last_layer=-1, rows=150, hold=0.)  # preset fields of an ordinary misaligned model: a short run, adapters in every block
 
 def training_pairs(domain: Domain, side: str, rows: int=0) -> list: # of (messages, answer)
     "Questions with their 'correct' or 'incorrect' answers: the first rows, 0 for all."
@@ -279,7 +280,9 @@ def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSe
     "The penalty of an arm."
     if study.preset.hold and not study.preset.anchors: raise ValueError('hold compares the model with its base on anchors; set anchors to 1 or more')
     block, items, z_base = priced(study, lm, pairs, dictionary, latents)
-    return Charge(block, lam, z_base, items if study.preset.anchors else None, study.preset.hold)
+    if not study.preset.anchors: return Charge(block, lam, z_base)
+    key = dict(weights=weights_id(lm.model), data=anchors_id(study))
+    return Charge(block, lam, z_base, items, study.preset.hold, cached_base_states(study, lm, items, key) if study.preset.hold else None)
 
 def arm_model(
     lm: LM,
@@ -324,5 +327,5 @@ def bench(preset: str='smollm2', rounds: int=15) -> dict: # name -> ratio, both 
     far = [tokenise(lm, *pair) for pair in anchor_pairs()]
     z, z_far = base_latents(lm, block, items), base_latents(lm, block, far)
     charges = dict(plain_step=None, blocked_step_cached=Charge(block, 1., z), blocked_step_uncached=Charge(block, 1.),
-                   anchored_step=Charge(block, 1., z_far, far))
+                   anchored_step=Charge(block, 1., z_far, far), held_step=Charge(block, 1., z_far, far, 1., base_states(lm, far)))
     return time_paired({name: _stepper(lm, settings, items, charge) for name, charge in charges.items()}, rounds)

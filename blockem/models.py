@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'Tokens',
            'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'changing', 'final_hidden',
-           'autocast', 'resid_post', 'logits_before', 'completion_log_probs', 'log_prob', 'margins', 'Start', 'prefill',
-           'tokens_said', 'answers_said', 'generate', 'add_lora', 'to_read', 'adapted', 'load_adapter']
+           'autocast', 'resid_post', 'preceding', 'unembed', 'completion_log_probs', 'log_prob', 'margins', 'Start',
+           'prefill', 'tokens_said', 'answers_said', 'generate', 'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, importlib.util, os, platform, shutil, warnings
@@ -302,23 +302,26 @@ def resid_post(
     return stored[layer]
 
 # %% ../nbs/lib/02_models.ipynb #cell-030
-def logits_before(
-    model,
-    batch: Batch,
-    hidden: Tensor, # from `final_hidden`
-) -> Tensor:        # (completion tokens of the whole batch, vocabulary), float32
-    "What a model expects in the place of every completion token."
+def preceding(batch: Batch) -> Tensor: # (rows, time), bool
+    "The places before the completion tokens, where these are predicted."
     before = batch.completion.roll(-1, 1)
     before[:, -1] = False
+    return before
+
+def unembed(
+    model,
+    hidden: Tensor, # final hidden states, (tokens, width)
+) -> Tensor:        # (tokens, vocabulary), float32
+    "The logits that follow from final hidden states."
     head = model.get_output_embeddings()
-    return head(hidden[before].to(head.weight.dtype)).float()
+    return head(hidden.to(head.weight.dtype)).float()
 
 def completion_log_probs(
     model,
     batch: Batch,
 ) -> Tensor: # (completion tokens of the whole batch,), in reading order
     "Log-probability of every completion token given what precedes it."
-    logits = logits_before(model, batch, final_hidden(model, batch))
+    logits = unembed(model, final_hidden(model, batch)[preceding(batch)])
     return -F.cross_entropy(logits, batch.ids[batch.completion], reduction='none')
 
 @torch.inference_mode()
