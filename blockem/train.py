@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'PLAIN', 'SEARCH', 'check_impartial', 'Parameters', 'Plan', 'weight', 'best_latents', 'charged_sets',
            'train_charged', 'train_seed', 'evaluate_arms', 'steps_table', 'run_facts', 'token_bill', 'example_prompts',
-           'side_by_side', 'finding', 'within', 'plain', 'search', 'search_table']
+           'side_by_side', 'finding', 'within', 'plain', 'search', 'search_table', 'search_plot']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 import pandas as pd
+import plotly.graph_objects as go
 import torch
+from plotly.subplots import make_subplots
 from pydantic import Field
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, project_root, sha256
@@ -255,3 +257,19 @@ def search_table(searched: pd.DataFrame) -> pd.DataFrame: # strings, one row per
     n = searched.groupby('measure').n.max()
     wanted = ['cut_general', 'adherence_kept', 'margin_kept']
     return cells[wanted].rename(columns=lambda c: f'{c.replace("_", " ")} (n={n[c]})')
+
+# %% ../nbs/03_train.ipynb #cell-047
+def search_plot(searched: pd.DataFrame) -> go.Figure: # from `search`
+    "Every variant as a point per judge: the task kept against the misalignment cut, with 95 % intervals."
+    judges = sorted(set(searched.judge) - {''})
+    fig = make_subplots(1, len(judges), subplot_titles=[f'{judge} judge' for judge in judges], shared_yaxes=True, horizontal_spacing=.04)
+    for i, ((variant, arm), rows) in enumerate(searched.groupby(['variant', 'arm'], sort=False)):
+        name, colour = variant if arm == 'blocked' else f'{variant}: {arm}', ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')[i % 7]
+        for column, judge in enumerate(judges):
+            x, y = (rows[(rows.judge == judge) & (rows.measure == measure)].iloc[0] for measure in ('adherence_kept', 'cut_general'))
+            bar = lambda v: dict(array=[v.high - v.value], arrayminus=[v.value - v.low], thickness=.6, width=0)
+            fig.add_scatter(x=[x.value], y=[y.value], error_x=bar(x), error_y=bar(y), mode='markers', name=name, legendgroup=name, showlegend=not column, row=1, col=column + 1,
+                            marker=dict(color=colour, size=11, symbol=('circle', 'diamond', 'square')[i//7]), hovertemplate=f'{name}<br>kept %{{x:.0%}}, cut %{{y:.0%}}<extra></extra>')
+    fig.update_xaxes(title='adherence kept', tickformat='.0%', range=[.15, 1.35]).update_yaxes(tickformat='.0%', range=[-.1, 1.05])
+    fig.update_layout(title_text='What was tried: up and to the right is better', title_subtitle_text=f'{int(searched.n.min())}-{int(searched.n.max())} prompts, finance, selection side', height=560)
+    return fig.update_yaxes(title='excess misalignment cut', col=1)
