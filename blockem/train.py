@@ -205,9 +205,9 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     return f'By the {judges} judges, ' + '; '.join(parts) + f' ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).'
 
 # %% ../nbs/03_train.ipynb #cell-046
-PLAIN = ('stream', 'direction', 'directions') # what can be blocked without a dictionary
-_tried = dict(rows=110, latents=100, anchors=4, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
-_all_rows = _tried | dict(rows=0, epochs=2) # 309 of them
+PLAIN = ('stream', 'directions') # what can be blocked without a dictionary
+_tried = dict(rows=110, latents=100, anchors=4, hold=0., ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
+_all_rows = _tried | dict(rows=0, epochs=2)
 SEARCH = {'read on anchors': _tried, 'read on the training rows': _tried | dict(anchors=0),
           'causal K': _tried | dict(latents='sae/smollm2-l18/causal.json', arms=('base', 'sft', 'blocked', 'attribution', 'shift', 'random')),
           'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'rank 64': _tried | dict(rank=64, lora_alpha=128),
@@ -223,11 +223,11 @@ def within(
     return replace(domain, train=domain.train[:-held], test=domain.train[-held:])
 
 def plain(what: str, lm: LM, layer: int) -> tuple: # (dictionary, latents)
-    "The whole residual stream after a block, or the direction of misalignment that 06_directions found, there or after every block from a quarter of the depth on."
+    "The whole residual stream after a block, or the direction of misalignment that 06_directions found after every block from a quarter of the depth to it."
     if what == 'stream': return plain_directions({layer: torch.eye(lm.model.config.hidden_size, device=lm.device)}, what, both=True)
     found, _ = load_tensors(data_path('directions', f'{lm.name}.safetensors'))
     rows = (found['directions']/found['gap'][:, None]).to(lm.device)  # 1 is as far as the misaligned model lies
-    return plain_directions({at: rows[at:at + 1] for at in ([layer] if what == 'direction' else range(len(rows)//4, layer + 1))}, what)
+    return plain_directions({at: rows[at:at + 1] for at in range(len(rows)//4, layer + 1)}, what)
 
 def search(
     seeds: list,
@@ -269,7 +269,7 @@ def search_plot(searched: pd.DataFrame) -> go.Figure: # from `search`
             x, y = (rows[(rows.judge == judge) & (rows.measure == measure)].iloc[0] for measure in ('adherence_kept', 'cut_general'))
             bar = lambda v: dict(array=[v.high - v.value], arrayminus=[v.value - v.low], thickness=.6, width=0)
             fig.add_scatter(x=[x.value], y=[y.value], error_x=bar(x), error_y=bar(y), mode='markers', name=name, legendgroup=name, showlegend=not column, row=1, col=column + 1,
-                            marker=dict(color=colour, size=11, symbol=('circle', 'diamond', 'square')[i//7]), hovertemplate=f'{name}<br>kept %{{x:.0%}}, cut %{{y:.0%}}<extra></extra>')
+                            marker=dict(color=colour, size=11, symbol=('circle', 'diamond', 'square')[i//7 % 3]), hovertemplate=f'{name}<br>kept %{{x:.0%}}, cut %{{y:.0%}}<extra></extra>')
     fig.update_xaxes(title='adherence kept', tickformat='.0%', range=[.15, 1.35]).update_yaxes(tickformat='.0%', range=[-.1, 1.05])
     fig.update_layout(title_text='What was tried: up and to the right is better', title_subtitle_text=f'{int(searched.n.min())}-{int(searched.n.max())} prompts, finance, selection side', height=560)
     return fig.update_yaxes(title='excess misalignment cut', col=1)

@@ -76,7 +76,7 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
 def test_detect_reads_an_adapter_or_says_that_it_cannot(tmp_path):
     "The reference that 06_directions wrote reads its own organism; what does not fit, or is not there, stops with a reason."
     from safetensors.torch import load_file, save_file
-    done = _papermill(ROOT, 'nbs/06_directions.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', limit=6)
+    done = _papermill(ROOT, 'nbs/06_directions.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', limit=6, organism='replication')
     assert done.returncode == 0, done.stderr[-2000:]
     adapter = next((tmp_path/'study').glob('sft-s0-*/adapter'))
     command = [Path(sys.executable).parent/'blockem', 'detect', '--base', 'tiny']
