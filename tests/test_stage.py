@@ -25,7 +25,7 @@ def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_parquet(tmp_path/'study'/'evaluation.parquet')
     assert set(table.domain) == {'health'} and set(table.seed) == {-1, 0, 1}
-    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'random'}
+    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'plain', 'hold'}
     assert {'em_rate', 'adherence', 'incoherence', 'refusal', 'margin', 'quality'} == set(table.measure)
     assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
 
