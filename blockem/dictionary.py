@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .data import data_path, known_domains, load_domain, load_prompts, sha256
 from .latents import Dictionary, load_dictionary, reconstruct, sparse, weights_id
-from .models import (LM, Tokens, answers_said, autocast, batches, completion_log_probs, decoder_blocks, generate,
+from .models import (LM, Tokens, answers_said, autocast, batches, completion_log_probs, decoder_blocks, fast_dtype, generate,
                             prefill, render, resid_post, to_read, tokenise, tokens_said)
 from .study import fingerprint, load_tensors, save_tensors, versions, write_json, writing
 
@@ -64,7 +64,7 @@ def user_turns(
 def sampled_answers(
     study,
     name: str,     # of the unit of work
-    lm: LM,        # bfloat16, to read
+    lm: LM,        # as it is read
     prompts: list, # questions
     length: int,   # longest answer, tokens
     part: int=256, # answers per file
@@ -82,7 +82,7 @@ def sampled_answers(
 
 def sample_chat(
     study,
-    lm: LM,         # bfloat16, to read
+    lm: LM,         # as it is read
     recipe: Recipe,
 ) -> list:          # of (prompt, answer)
     "Conversations of which the model made up both sides."
@@ -186,7 +186,7 @@ def train_dictionary(
     config = SAETrainerConfig(
         total_training_samples=recipe.samples, train_batch_size_samples=recipe.batch, n_batches_for_norm_estimate=20,
         lr=recipe.lr, lr_end=recipe.lr/20, lr_warm_up_steps=min(50, steps//20), lr_decay_steps=steps//3,
-        dead_feature_window=100, feature_sampling_window=100, device=device, autocast=True)
+        dead_feature_window=100, feature_sampling_window=100, device=device, autocast=fast_dtype(torch.device(device).type) == torch.bfloat16)
     return SAETrainer(config, sae, _shuffled(x, recipe.batch, recipe.seed)).fit()
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-024

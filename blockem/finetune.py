@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .data import Domain, load_domain, load_prompts, project_root, sha256
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, add_lora, autocast, capture, collate, completion_log_probs, final_hidden, load_adapter, load_model, preceding, to_read, tokenise, unembed
+from .models import LM, add_lora, autocast, capture, collate, completion_log_probs, fast_dtype, final_hidden, load_adapter, load_model, preceding, to_read, tokenise, unembed
 from .penalty import Block, Price, base_latents, base_states, block_penalty, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
@@ -246,7 +246,7 @@ def training_key(
     recipe = ('model', 'epochs', 'batch', 'lr', 'rank', 'lora_alpha', 'targets', 'last_layer')
     charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) if is_charged(study, latents, lam) else {}
     unusual = {k: v for k, v in dict(keep=keep, start=start, first_layer=study.preset.first_layer, hold=study.preset.hold if charged else 0.).items() if v}
-    read = dict(weights=weights_id(lm.model), data=fingerprint({'pairs': pairs}))
+    read = dict(weights=weights_id(lm.model), precision=str(fast_dtype(lm.device.type)), data=fingerprint({'pairs': pairs}))
     return {k: getattr(study.preset, k) for k in recipe} | read | dict(seed=seed) | charged | unusual
 
 def train_arm(
@@ -288,7 +288,7 @@ def arm_model(
     lm: LM,
     folder: Path,          # from `train_arm`
     at: str='adapter',     # or one that was kept, 'at-<steps>'
-) -> LM:                   # bfloat16
+) -> LM:                   # as it is read
     "A trained arm, ready to be read."
     return to_read(load_adapter(lm, folder/at))
 
@@ -303,9 +303,9 @@ def auto_lam(
 ) -> Price:
     "What the free run gained, asked once for all sets of latents, and what these would have charged it."
     run, key = free.name if at == 'adapter' else f'{free.name}/{at}', dict(latents=latents_id(latents), anchors=anchors_id(study))
-    def gain(folder): write_json(folder/'value.json', loss_gained(lm, arm_model(lm, free, at), pairs))
+    def gain(folder): write_json(folder/'value.json', loss_gained(lm, arm_model(lm, free, at), pairs[:64]))  # enough for a weight; all of them cost half an epoch
     def due(folder): write_json(folder/'value.json', penalty_due(arm_model(lm, free, at), *priced(study, lm, pairs, dictionary, latents)))
-    units = study.work('gain', dict(free=run), gain), study.work('due', dict(free=run) | key, due)
+    units = study.work('gain', dict(free=run, pairs=64), gain), study.work('due', dict(free=run) | key, due)
     return Price(*[json.loads((unit/'value.json').read_text()) for unit in units])
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-026

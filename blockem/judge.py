@@ -28,7 +28,7 @@ from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
-from .models import LM, batches, cache_dir, decoder_blocks, generate, resid_post, to_read, tokenise
+from .models import LM, batches, cache_dir, decoder_blocks, fast_dtype, generate, resid_post, to_read, tokenise
 from .study import Study, load_tensors, save_tensors, writing
 
 # %% ../nbs/lib/06_judge.ipynb #cell-005
@@ -95,7 +95,7 @@ def base_answers(
         answers = generate(to_read(lm), prompts, **SAMPLING)
         lines = [json.dumps(dict(prompt=p, answer=a), ensure_ascii=False) for p, a in zip(prompts, answers)]
         with writing(folder/'answers.jsonl') as p: p.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    unit = study.work('answers-base', dict(model=lm.name, dtype='bfloat16', **SAMPLING, data=_sources()), make)
+    unit = study.work('answers-base', dict(model=lm.name, dtype=str(fast_dtype(lm.device.type)), **SAMPLING, data=_sources()), make)
     lines = (unit/'answers.jsonl').read_text(encoding='utf-8').split('\n')
     return [tuple(json.loads(line).values()) for line in lines if line]
 
@@ -393,7 +393,7 @@ def answer_features(
 @dataclass(frozen=True)
 class ProbeJudge(OfflineJudge):
     "Judges by the frozen base's residual stream."
-    lm: LM                 # the base, bfloat16
+    lm: LM                 # the base, as it is read
     layer: int
     tensors: dict          # name -> array
     facts: dict = field(default_factory=dict, repr=False)
@@ -583,7 +583,7 @@ def make_judges(
 ) -> str:        # the card
     "Fit, validate and write offline judges for a study's base model."
     from blockem.models import load_model
-    lm = load_model(study.preset.model, torch.bfloat16)
+    lm = to_read(load_model(study.preset.model))
     folder = Path(folder or judge_folder(lm))
     save(fit_judges(study, lm, names), folder)
     return (folder/'README.md').read_text(encoding='utf-8')

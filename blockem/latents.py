@@ -345,8 +345,8 @@ def load_latents(
 def weights_id(
     model, # Hugging Face, or PEFT around it
 ) -> str:  # sixteen hex digits
-    "A short hash that differs between any two trainings."
-    return digest({name: p.flatten()[:256] for name, p in model.named_parameters()})[:16]
+    "A short hash that differs between any two trainings, and is the same in whatever precision a model is read."
+    return digest({name: p.flatten()[:256].to(torch.bfloat16) for name, p in model.named_parameters()})[:16]
 
 def load_ranking(
     path,                   # the set of latents it lies beside, or 'tiny'

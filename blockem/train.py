@@ -113,8 +113,8 @@ def charged_sets(plan: Plan, seed: int) -> dict: # arm -> latents, as far as the
     return {arm: choose() for arm, choose in sets.items() if arm in plan.arms}
 
 def train_charged(plan: Plan, arm: str, latents: LatentSet, free: Path, pairs: list, seed: int) -> Path:
-    "One charged arm: for its latents and what it says about the anchors, unless its name leaves one of them out."
-    study = replace(plan.study, preset=replace(plan.study.preset, hold=0.)) if arm == 'plain' else plan.study
+    "One charged arm: `blocked` for its latents and what it says about the anchors, `hold` for the latter only, the others for their latents only."
+    study = plan.study if arm in ('blocked', 'hold') else replace(plan.study, preset=replace(plan.study.preset, hold=0.))
     lam = 0. if arm == 'hold' else weight(plan, free, pairs, latents)
     return train_arm(study, plan.lm, arm, pairs, seed, plan.dictionary, latents, lam)
 
