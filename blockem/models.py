@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'fast_dtype',
-           'Tokens', 'render', 'tokenise', 'Batch', 'collate', 'batches', 'decoder_blocks', 'capture', 'changing',
-           'final_hidden', 'autocast', 'resid_post', 'preceding', 'unembed', 'completion_log_probs', 'log_prob',
-           'margins', 'Start', 'prefill', 'tokens_said', 'answers_said', 'generate', 'add_lora', 'to_read', 'adapted',
-           'load_adapter']
+           'Tokens', 'render', 'completion_ids', 'tokenise', 'Batch', 'collate', 'batches', 'bare', 'decoder_blocks',
+           'capture', 'changing', 'final_hidden', 'autocast', 'resid_post', 'preceding', 'unembed',
+           'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said', 'generate', 'said_log_probs',
+           'log_prob', 'margins', 'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, importlib.util, os, platform, shutil, warnings
@@ -191,6 +191,10 @@ def _system_end(lm: LM, prompt) -> int: # character position
     end = text.rfind(eos, 0, text.index(marker))
     return 0 if end < 0 else end + len(eos)
 
+def completion_ids(lm: LM, answer: str) -> list:
+    "Token ids of an answer with the end-of-turn token."
+    return lm.tokenizer(answer + lm.tokenizer.eos_token, add_special_tokens=False).input_ids
+
 def tokenise(
     lm: LM,
     prompt,           # the question, or chat messages that end with the user
@@ -201,7 +205,7 @@ def tokenise(
     cut = _system_end(lm, prompt)
     coded = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     roles = [int(start >= cut) for start, _ in coded.offset_mapping]
-    done = [] if answer is None else lm.tokenizer(answer + lm.tokenizer.eos_token, add_special_tokens=False).input_ids
+    done = [] if answer is None else completion_ids(lm, answer)
     return Tokens(tuple(coded.input_ids + done), tuple(roles + [2]*len(done)))
 
 # %% ../nbs/lib/02_models.ipynb #cell-020
@@ -244,12 +248,15 @@ def batches(
     if chunk: yield emit()
 
 # %% ../nbs/lib/02_models.ipynb #cell-023
-def decoder_blocks(
+def bare(
     model, # Hugging Face causal LM, or PEFT around it
-):         # ModuleList
-    "The decoder blocks, whatever wraps them."
-    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    return inner.model.layers
+):         # Hugging Face causal LM
+    "The model itself, whatever wraps it; an adapter stays active."
+    return model.get_base_model() if hasattr(model, 'get_base_model') else model
+
+def decoder_blocks(model): # ModuleList
+    "The decoder blocks."
+    return bare(model).model.layers
 
 @contextlib.contextmanager
 def capture(
@@ -289,8 +296,7 @@ class _Reached(Exception):
 
 def final_hidden(model, batch: Batch) -> Tensor: # (rows, time, width)
     "Final hidden states, before the unembedding."
-    inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
-    return inner.model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
+    return bare(model).model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
 
 def autocast(model):
     "Arithmetic in `fast_dtype` around float32 weights; the residual stream itself stays float32."
@@ -333,28 +339,6 @@ def completion_log_probs(
     "Log-probability of every completion token given what precedes it."
     logits = unembed(model, final_hidden(model, batch)[preceding(batch)])
     return -F.cross_entropy(logits, batch.ids[batch.completion], reduction='none')
-
-@torch.inference_mode()
-def log_prob(
-    lm: LM,
-    pairs: list, # of (prompt, answer)
-) -> np.ndarray: # (pairs,) mean log-probability per token of each answer, nats
-    "How likely a model finds given answers."
-    items, out = [tokenise(lm, *pair) for pair in pairs], np.zeros(len(pairs))
-    for rows, batch in batches(lm, items):
-        logp, owner = completion_log_probs(lm.model, batch).float(), batch.completion.nonzero()[:, 0]
-        total = torch.zeros(len(rows), device=logp.device).index_add_(0, owner, logp)
-        out[rows] = (total/batch.completion.sum(1)).cpu().numpy()
-    return out
-
-def margins(
-    lm: LM,
-    rows: list,  # of `Row` with both answers
-) -> np.ndarray: # (rows,) nats per token
-    "Log-probability per token of the incorrect minus the correct answer."
-    pairs = [(r.messages, r.incorrect) for r in rows] + [(r.messages, r.correct) for r in rows]
-    both = log_prob(lm, pairs)
-    return both[:len(rows)] - both[len(rows):]
 
 # %% ../nbs/lib/02_models.ipynb #cell-033
 @dataclass(frozen=True)
@@ -447,6 +431,47 @@ def generate(
         tokens = tokens_said(lm, prefill(lm, [items[i] for i in chunk]), length, temperature, generator)
         for i, answer in zip(chunk, answers_said(lm, len(chunk), tokens)): said[i] = answer
     return said
+
+# %% ../nbs/lib/02_models.ipynb #new2
+def said_log_probs(
+    lm: LM,
+    start: Start,  # prompts that have been read
+    answers: list, # token ids for each of them
+) -> Tensor:       # (rows,) mean over the tokens of each answer, nats
+    "How likely given continuations are."
+    time, device = max(map(len, answers)), lm.device
+    ids = torch.tensor([list(a) + [lm.tokenizer.pad_token_id]*(time - len(a)) for a in answers], device=device)
+    there = torch.tensor([[1]*len(a) + [0]*(time - len(a)) for a in answers], device=device)
+    hidden = bare(lm.model).model(ids, attention_mask=torch.cat([start.mask, there], 1), position_ids=start.position + 1 + torch.arange(time, device=device),
+                            past_key_values=start.cache, use_cache=True)[0]
+    later = there[:, 1:].bool()
+    total = -F.cross_entropy(start.logits.float(), ids[:, 0], reduction='none')
+    logp = -F.cross_entropy(unembed(lm.model, hidden[:, :-1][later]), ids[:, 1:][later], reduction='none')
+    return total.index_add(0, later.nonzero()[:, 0], logp)/there.sum(1)
+
+@torch.inference_mode()
+def log_prob(
+    lm: LM,
+    pairs: list, # of (prompt, answer)
+) -> np.ndarray: # (pairs,) mean log-probability per token of each answer, nats
+    "How likely a model finds given answers."
+    asked, out = {}, np.zeros(len(pairs))
+    for i, (prompt, answer) in enumerate(pairs): asked.setdefault(tokenise(lm, prompt), []).append((i, completion_ids(lm, answer)))
+    prompts = list(asked)
+    for rows, _ in batches(lm, prompts, 1500):
+        owner, index, answers = zip(*[(n, *said) for n, r in enumerate(rows) for said in asked[prompts[r]]])
+        start = prefill(lm, [prompts[r] for r in rows]).take(torch.tensor(owner, device=lm.device))
+        out[list(index)] = said_log_probs(lm, start, answers).cpu().numpy()
+    return out
+
+def margins(
+    lm: LM,
+    rows: list,  # of `Row` with both answers
+) -> np.ndarray: # (rows,) nats per token
+    "Log-probability per token of the incorrect minus the correct answer."
+    pairs = [(r.messages, r.incorrect) for r in rows] + [(r.messages, r.correct) for r in rows]
+    both = log_prob(lm, pairs)
+    return both[:len(rows)] - both[len(rows):]
 
 # %% ../nbs/lib/02_models.ipynb #cell-037
 @contextlib.contextmanager
