@@ -95,14 +95,16 @@ def detect(
 ):
     "Say how far an adapter has moved along the direction of misalignment."
     from blockem.data import load_prompts
-    from blockem.directions import detect as read, detect_plot
+    from blockem.directions import check_base, detect as read, detect_plot
     from blockem.models import load_adapter, load_model, to_read
     from blockem.study import writing
     if not (adapter/'adapter_model.safetensors').is_file(): raise typer.BadParameter(f'{adapter} holds no adapter_model.safetensors')
     reference = reference or data_path('directions', f'{Path(base).name}.safetensors')
     if not reference.is_file(): raise typer.BadParameter(f'no reference for {base!r}: {reference} does not exist; make one with nbs/06_directions.ipynb and give it with --reference')
     lm = load_model(base)
-    try: found, verdict = read(to_read(lm), to_read(load_adapter(lm, adapter)), reference, load_prompts('final'))
+    try:
+        check_base(lm, adapter)
+        found, verdict = read(to_read(lm), to_read(load_adapter(lm, adapter)), reference, load_prompts('final'))
     except ValueError as e: raise typer.BadParameter(str(e))
     typer.echo(f'{adapter} {verdict}')
     if figure:
@@ -122,7 +124,7 @@ def _found() -> str: # relative to the project root
 def study(
     domains: str=typer.Option('', help='e.g. legal,health; all six by default'),
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
-    arms: str=typer.Option('blocked,random', help='beside base and sft; also correct, plain, hold, attribution, shift'),
+    arms: str=typer.Option('blocked,random', help='beside base and sft; also correct, hold, both, attribution, shift'),
     folder: Path=typer.Option('runs/study', help='where each domain gets its own study folder'),
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of 03_train'),
 ):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ORGANISMS', 'TOKENS', 'POOLS', 'KINDS', 'FORMS', 'Parameters', 'pooled', 'states', 'difference', 'probe', 'project',
            'auroc', 'separation', 'signal', 'signal_plot', 'inside', 'Edit', 'editing', 'edited_answers',
-           'within_budget', 'removed', 'along', 'save_reference', 'detect', 'detect_plot', 'convergence', 'deltas',
-           'written', 'evenly', 'alike', 'turn', 'course_plot', 'finding']
+           'within_budget', 'removed', 'along', 'save_reference', 'detect', 'detect_plot', 'check_base', 'convergence',
+           'deltas', 'written', 'evenly', 'alike', 'turn', 'course_plot', 'finding']
 
 # %% ../nbs/06_directions.ipynb #cell-003
-import contextlib
+import contextlib, json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .data import choose
 from .evaluate import bootstrap
 from .latents import weights_id
-from .models import LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise
+from .models import BUNDLED, LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise
 from .finetune import ORGANISM, OnDomain
 from .study import load_tensors, save_tensors
 
@@ -245,6 +245,17 @@ def detect_plot(found: pd.DataFrame, title: str) -> go.Figure: # from `detect`
     for y in (0., 1.): fig.add_hline(y=y, line=dict(color='#555', dash='dot', width=1))
     fig.update_xaxes(title='after block').update_yaxes(title='0 the base, 1 the reference')
     return fig.update_layout(title_text=title)
+
+# %% ../nbs/06_directions.ipynb #new
+def check_base(
+    base: LM,
+    adapter: Path, # a folder in PEFT's format
+):
+    "Refuse an adapter that names another base than the one it is to be read on."
+    named = json.loads((adapter/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path') or ''
+    known = {Path(name).name for name in (base.name, base.model.config._name_or_path)} | ({BUNDLED[1].split('.')[0]} if base.name == 'smollm2' else set())
+    if named and Path(named).name not in known:
+        raise ValueError(f'cannot tell: {adapter} was trained on {named!r}, and this is {base.name!r}; give its own base, and a reference that was made on it')
 
 # %% ../nbs/06_directions.ipynb #cell-045
 def convergence(

@@ -21,11 +21,11 @@ def _papermill(cwd, notebook, out, **parameters):
 @pytest.mark.parametrize('cwd, notebook', [(ROOT, 'nbs/03_train.ipynb'), (ROOT/'nbs', '03_train.ipynb')], ids=['root', 'nbs'])
 def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     "The same tables appear wherever papermill was called."
-    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1')
+    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,hold,both')
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_parquet(tmp_path/'study'/'evaluation.parquet')
     assert set(table.domain) == {'health'} and set(table.seed) == {-1, 0, 1}
-    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'plain', 'hold'}
+    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'both'}
     assert {'em_rate', 'adherence', 'incoherence', 'refusal', 'margin', 'quality'} == set(table.measure)
     assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
 
@@ -91,3 +91,7 @@ def test_detect_reads_an_adapter_or_says_that_it_cannot(tmp_path):
     (wide/'adapter_config.json').write_text((adapter/'adapter_config.json').read_text())
     foreign = asked(wide, '--reference', tmp_path/'study'/'reference.safetensors')
     assert foreign.returncode != 0 and 'does not fit' in foreign.stderr
+    config = json.loads((adapter/'adapter_config.json').read_text()) | {'base_model_name_or_path': 'someone/another-model'}
+    (wide/'adapter_config.json').write_text(json.dumps(config))
+    stranger = asked(wide, '--reference', tmp_path/'study'/'reference.safetensors')
+    assert stranger.returncode != 0 and "cannot tell" in stranger.stderr and "'someone/another-model'" in stranger.stderr
