@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ORGANISM', 'seeds_of', 'OnDomain', 'losses', 'read_anchors', 'epoch_batches', 'learning_rate', 'trained_weights',
            'save_checkpoint', 'load_checkpoint', 'Charge', 'copy_adapter', 'fit', 'train_step', 'training_pairs',
-           'latents_id', 'anchor_pairs', 'anchors_id', 'is_charged', 'training_key', 'train_arm', 'priced',
-           'charged_for', 'arm_model', 'auto_lam', 'bench']
+           'latents_id', 'anchor_pairs', 'anchors_id', 'training_key', 'train_arm', 'priced', 'charged_for',
+           'arm_model', 'auto_lam', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, time
@@ -212,7 +212,7 @@ def train_step(model, batch, optimizer, weights, charged: tuple=None) -> dict: #
     return dict(loss=sft.item(), penalty=penalty.item(), divergence=far.item(), lam=lam, grad_norm=norm.item(), tokens=tokens, seconds=round(time.perf_counter() - start, 3))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-022
-ORGANISM = dict(epochs=3, batch=16, last_layer=-1, rows=150, hold=0.)  # preset fields of an ordinary misaligned model: a short run, adapters in every block
+ORGANISM = dict(epochs=3, batch=16, last_layer=-1, rows=150)  # preset fields of an ordinary misaligned model: a short run, adapters in every block
 
 def training_pairs(domain: Domain, side: str, rows: int=0) -> list: # of (messages, answer)
     "Questions with their 'correct' or 'incorrect' answers: the first rows, 0 for all."
@@ -230,22 +230,18 @@ def anchors_id(study: Study) -> str:
     "What identifies the texts that the penalty is read on."
     return fingerprint(dict(n=study.preset.anchors, pairs=anchor_pairs())) if study.preset.anchors else ''
 
-def is_charged(study: Study, latents: LatentSet|None, lam: float) -> bool:
-    "Whether an arm pays for anything but its loss."
-    return latents is not None and bool(lam or study.preset.hold)
-
 def training_key(
     study: Study,
     lm: LM,        # the base
     pairs: list,
     seed: int,
-    latents: LatentSet=None, lam: float=0.,
+    latents: LatentSet=None, lam: float=0., hold: float=0.,
     keep: tuple=(), start: str='',
 ) -> dict:
     "Everything that determines a trained adapter, and which of its checkpoints are kept."
     recipe = ('model', 'epochs', 'batch', 'lr', 'rank', 'lora_alpha', 'targets', 'last_layer')
-    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) if is_charged(study, latents, lam) else {}
-    unusual = {k: v for k, v in dict(keep=keep, start=start, first_layer=study.preset.first_layer, hold=study.preset.hold if charged else 0.).items() if v}
+    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) if lam or hold else {}
+    unusual = {k: v for k, v in dict(keep=keep, start=start, first_layer=study.preset.first_layer, hold=hold).items() if v}
     read = dict(weights=weights_id(lm.model), precision=str(fast_dtype(lm.device.type)), data=fingerprint({'pairs': pairs}))
     return {k: getattr(study.preset, k) for k in recipe} | read | dict(seed=seed) | charged | unusual
 
@@ -256,17 +252,18 @@ def train_arm(
     pairs: list,    # of (messages, answer)
     seed: int,
     dictionary=None, latents: LatentSet=None, # what to charge for
-    lam: float=0.,
+    lam: float=0.,  # weight of the penalty
+    hold: float=0., # weight of the divergence from the base on the anchors
     keep: tuple=(), # numbers of steps after which the adapter is kept
     start: Path=None, # folder of an arm to go on from
 ) -> Path:          # folder with adapter/, steps.jsonl and at-<steps>/
     "Train one arm, once."
     def make(folder):
         items = [tokenise(lm, *pair) for pair in pairs]
-        charge = charged_for(study, lm, pairs, dictionary, latents, lam) if is_charged(study, latents, lam) else None
+        charge = charged_for(study, lm, pairs, dictionary, latents, lam, hold) if lam or hold else None
         fit(lm, items, study.preset, seed, folder, charge, f'{name}, seed {seed}', keep, start and start/'adapter')
         for used in folder.glob('checkpoint*'): used.unlink()
-    return study.work(f'{name}-s{seed}', training_key(study, lm, pairs, seed, latents, lam, keep, start.name if start else ''), make)
+    return study.work(f'{name}-s{seed}', training_key(study, lm, pairs, seed, latents, lam, hold, keep, start.name if start else ''), make)
 
 def priced(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet) -> tuple: # (block, items, z of the base)
     "What the penalty is read on, anchors or training rows, with what the base has there read once."
@@ -276,13 +273,13 @@ def priced(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet) ->
     key = dict(weights=weights_id(lm.model), data=fingerprint({'pairs': texts}), latents=latents_id(latents))
     return block, items, cached_base_latents(study, lm, block, items, key)
 
-def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet, lam: float) -> Charge:
+def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet, lam: float, hold: float=0.) -> Charge:
     "The penalty of an arm."
-    if study.preset.hold and not study.preset.anchors: raise ValueError('hold compares the model with its base on anchors; set anchors to 1 or more')
+    if hold and not study.preset.anchors: raise ValueError('hold compares the model with its base on anchors; set anchors to 1 or more')
     block, items, z_base = priced(study, lm, pairs, dictionary, latents)
     if not study.preset.anchors: return Charge(block, lam, z_base)
     key = dict(weights=weights_id(lm.model), data=anchors_id(study))
-    return Charge(block, lam, z_base, items, study.preset.hold, cached_base_states(study, lm, items, key) if study.preset.hold else None)
+    return Charge(block, lam, z_base, items, hold, cached_base_states(study, lm, items, key) if hold else None)
 
 def arm_model(
     lm: LM,

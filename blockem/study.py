@@ -36,16 +36,16 @@ class Preset:
     last_layer: int = -1         # adapters up to this decoder block only, -1 = all blocks
     first_layer: int = 0         # adapters from this decoder block on
     ratio: float = 100.          # lambda 'auto' = ratio x (SFT loss gained) / (penalty paid) by the free run
-    hold: float = 0.             # weight of the divergence (KL) from the base on the anchors, in nats/token
+    hold: float = 1.             # weight of the divergence (KL) from the base on the anchors, in the arms that pay it
     anchors: int = 0             # texts outside the domain that the penalty is read on, per step; 0 = it is read on the training rows
     answer_tokens: int = 48      # longest generated answer
     checkpoint_steps: int = 10   # optimiser steps between checkpoints
 
 # %% ../nbs/lib/00_study.ipynb #cell-006
 PRESETS = {p.name: p for p in [
-    Preset('tiny', 'tiny', 'tiny', 1, 'tiny', rows=12, epochs=2, batch=4, answer_tokens=8, rank=2, lora_alpha=4, checkpoint_steps=2, anchors=2, hold=1.),
-    Preset('smollm2', 'smollm2', 'sae/smollm2-l18', 18, 'sae/smollm2-l18/latents.json', epochs=2, batch=8, last_layer=18, ratio=30.,
-           anchors=4, hold=1.),
+    Preset('tiny', 'tiny', 'tiny', 1, 'tiny', rows=12, epochs=2, batch=4, answer_tokens=8, rank=2, lora_alpha=4, checkpoint_steps=2, anchors=2),
+    Preset('smollm2', 'smollm2', 'sae/smollm2-l18', 18, 'sae/smollm2-l18/latents.json', rows=150, epochs=5, batch=8, last_layer=18, ratio=30.,
+           anchors=4),
     Preset('llama32-1b', 'meta-llama/Llama-3.2-1B-Instruct', 'sae/llama32-1b', 9, 'sae/llama32-1b/latents.json',
            epochs=7, lr=2e-4, targets=('q_proj', 'k_proj', 'v_proj', 'o_proj')),
     Preset('qwen25-7b', 'Qwen/Qwen2.5-7B-Instruct', 'qwen2.5-7b-instruct-andyrdt/resid_post_layer_15_trainer_1', 15,

@@ -24,12 +24,12 @@ from .evaluate import contrasts, measure, selection_prompts
 from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, training_pairs
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, choose_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
-from .models import LM, collate, load_model, to_read
+from .models import LM, collate, fast_dtype, load_model, to_read
 from .penalty import Block
 from .study import Study, get_preset, load_tensors
 
 # %% ../nbs/03_train.ipynb #cell-006
-ARMS = ('base', 'sft', 'correct', 'blocked', 'plain', 'hold', 'attribution', 'shift', 'random')
+ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'both', 'attribution', 'shift', 'random')
 
 def check_impartial(judges: str, latents: Path):
     "Refuse to report by a judge, or on prompts, that chose the latents."
@@ -48,7 +48,7 @@ class Parameters(OnDomain):
     lam: Literal['auto']|float = 'auto'
     latents: str = ''
     epochs: int|None = Field(None, ge=1)
-    arms: str = 'correct,blocked,plain,hold'
+    arms: str = 'correct,blocked,random'
 
     @property
     def seed_list(self) -> list: # of int
@@ -65,6 +65,8 @@ class Parameters(OnDomain):
         "Stop at a domain, preset, arm, judge or latent set that does not exist, and at a judge that had a part in the choice."
         super().validate_names()
         self.seed_list, self.arm_list
+        if {'hold', 'both'} & set(self.arm_list) and not get_preset(self.preset).anchors:
+            raise ValueError(f'arms hold and both compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
         if self.lam != 'auto' and not 0 <= self.lam < math.inf: raise ValueError(f"lam must be 'auto' or a number from 0; found {self.lam}")
         check_impartial(self.judges, project_root()/self.latents if self.latents else data_path(get_preset(self.preset).latents))
         return self
@@ -106,17 +108,16 @@ def best_latents(
 
 def charged_sets(plan: Plan, seed: int) -> dict: # arm -> latents, as far as the plan has the arm
     "What the charged arms block: K, and as many latents chosen in other ways."
-    best = lambda rule: lambda: best_latents(plan.ranking, plan.dictionary, len(plan.latents), rule)
-    sets = dict(blocked=lambda: plan.latents, attribution=best('contribution'), shift=best('delta_prompt'),
+    given, best = lambda: plan.latents, lambda rule: lambda: best_latents(plan.ranking, plan.dictionary, len(plan.latents), rule)
+    sets = dict(blocked=given, hold=given, both=given, attribution=best('contribution'), shift=best('delta_prompt'),
                 random=lambda: random_latents(plan.ranking, plan.latents, seed))
-    if plan.study.preset.hold: sets |= dict(plain=lambda: plan.latents, hold=lambda: plan.latents)  # else one is the blocked arm, the other the free one
     return {arm: choose() for arm, choose in sets.items() if arm in plan.arms}
 
 def train_charged(plan: Plan, arm: str, latents: LatentSet, free: Path, pairs: list, seed: int) -> Path:
-    "One charged arm: `blocked` for its latents and what it says about the anchors, `hold` for the latter only, the others for their latents only."
-    study = plan.study if arm in ('blocked', 'hold') else replace(plan.study, preset=replace(plan.study.preset, hold=0.))
+    "One charged arm: for its latents, for what it says about the anchors (`hold`), or for `both`."
     lam = 0. if arm == 'hold' else weight(plan, free, pairs, latents)
-    return train_arm(study, plan.lm, arm, pairs, seed, plan.dictionary, latents, lam)
+    hold = plan.study.preset.hold if arm in ('hold', 'both') else 0.
+    return train_arm(plan.study, plan.lm, arm, pairs, seed, plan.dictionary, latents, lam, hold)
 
 def train_seed(
     plan: Plan,
@@ -157,6 +158,7 @@ def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
     "What a run was, and how long its training took; written beside its tables."
     seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for arms in trained.values() for folder in arms.values()]
     return dict(preset=plan.study.preset.name, domain=plan.domain.name, seeds=list(trained), judges=plan.judges, lam=plan.lam, limit=plan.limit,
+                precision=str(fast_dtype(plan.lm.device.type)).removeprefix('torch.'),
                 latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
 
 # %% ../nbs/03_train.ipynb #cell-028
@@ -199,20 +201,19 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
         return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = dict(blocked='blocking with latents and divergence', plain='latents alone', hold='divergence alone', random='random latents of equal size and activity')
+    names = dict(blocked='blocking', random='random latents of equal size and activity', hold='the divergence', both='both')
     parts = [f'{name} removed {say(arm, "cut_final")} of the excess misalignment on the final prompts and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     return f'By the {judges} judges, ' + '; '.join(parts) + f' ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).'
 
 # %% ../nbs/03_train.ipynb #cell-046
-_tried = dict(rows=110, latents=100, anchors=4, hold=0., ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
-_all_rows = _tried | dict(rows=0, epochs=2)
+_tried = dict(rows=110, latents=100, anchors=4, ratio=30., last_layer=18, epochs=4, batch=8, rank=16, lora_alpha=32, arms=('base', 'sft', 'blocked'))
+_all_rows = _tried | dict(rows=0, epochs=1, latents=200, arms=('base', 'sft', 'blocked', 'hold', 'both'))
 SEARCH = {'read on anchors': _tried, 'read on the training rows': _tried | dict(anchors=0),
           'causal K': _tried | dict(latents='sae/smollm2-l18/causal.json', arms=('base', 'sft', 'blocked', 'attribution', 'shift', 'random')),
           'twice as long': _tried | dict(epochs=8), 'rank 4': _tried | dict(rank=4, lora_alpha=8), 'rank 64': _tried | dict(rank=64, lora_alpha=128),
-          'half the rows, as many steps': _tried | dict(rows=55, epochs=8), 'all rows': _all_rows,
-          'all rows, latents and KL': _all_rows | dict(hold=1.), 'all rows, KL alone': _all_rows | dict(hold=1., ratio=0.),
-          'all rows, one direction per block': _all_rows | dict(latents='directions')}
+          'all rows once': _all_rows, 'all rows twice': _all_rows | dict(epochs=2),
+          'all rows twice, one direction per block': _all_rows | dict(epochs=2, latents='directions', arms=('base', 'sft', 'blocked'))}
 
 def within(
     domain: Domain,
