@@ -269,6 +269,6 @@ def search_plot(searched: pd.DataFrame) -> go.Figure: # from `search`
             bar = lambda v: dict(array=[v.high - v.value], arrayminus=[v.value - v.low], thickness=.6, width=0)
             fig.add_scatter(x=[x.value], y=[y.value], error_x=bar(x), error_y=bar(y), mode='markers', name=name, legendgroup=name, showlegend=not column, row=1, col=column + 1,
                             marker=dict(color=colour, size=11, symbol=('circle', 'diamond', 'square')[i//7 % 3]), hovertemplate=f'{name}<br>kept %{{x:.0%}}, cut %{{y:.0%}}<extra></extra>')
-    fig.update_xaxes(title='adherence kept', tickformat='.0%', range=[.15, 1.35]).update_yaxes(tickformat='.0%', range=[-.1, 1.05])
+    fig.update_xaxes(title='adherence kept', tickformat='.0%', range=[0, 1.35]).update_yaxes(tickformat='.0%', range=[-.1, 1.05])
     fig.update_layout(title_text='What was tried: up and to the right is better', title_subtitle_text=f'{int(searched.n.min())}-{int(searched.n.max())} prompts, finance, selection side', height=560)
     return fig.update_yaxes(title='excess misalignment cut', col=1)
