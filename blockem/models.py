@@ -155,7 +155,7 @@ def load_model(
     if not tokenizer.chat_template: raise ValueError(f'model {name!r} has no chat template; blockem needs an instruction-tuned model')
     return LM(model.to(device).eval(), tokenizer, name)
 
-# %% ../nbs/lib/02_models.ipynb #new
+# %% ../nbs/lib/02_models.ipynb #cell-014
 def fast_dtype(
     device: str='cpu', # type of device
 ) -> torch.dtype:      # bfloat16 or float32
@@ -163,7 +163,7 @@ def fast_dtype(
     able = device != 'cpu' or any(torch.cpu.get_capabilities().get(k) for k in ('avx512_bf16', 'amx_bf16'))
     return torch.bfloat16 if able else torch.float32
 
-# %% ../nbs/lib/02_models.ipynb #cell-016
+# %% ../nbs/lib/02_models.ipynb #cell-019
 ROLES = ('system', 'prompt', 'completion')
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def tokenise(
     done = [] if answer is None else completion_ids(lm, answer)
     return Tokens(tuple(coded.input_ids + done), tuple(roles + [2]*len(done)))
 
-# %% ../nbs/lib/02_models.ipynb #cell-020
+# %% ../nbs/lib/02_models.ipynb #cell-023
 @dataclass(frozen=True)
 class Batch:
     "Padded token ids with their attention mask and roles, each (rows, time)."
@@ -247,7 +247,7 @@ def batches(
         chunk.append(i)
     if chunk: yield emit()
 
-# %% ../nbs/lib/02_models.ipynb #cell-023
+# %% ../nbs/lib/02_models.ipynb #cell-026
 def bare(
     model, # Hugging Face causal LM, or PEFT around it
 ):         # Hugging Face causal LM
@@ -274,7 +274,7 @@ def capture(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/lib/02_models.ipynb #cell-025
+# %% ../nbs/lib/02_models.ipynb #cell-028
 @contextlib.contextmanager
 def changing(
     model,
@@ -290,7 +290,7 @@ def changing(
         for layer, change in changes.items(): hooks.callback(decoder_blocks(model)[layer].register_forward_hook(hook(change)).remove)
         yield
 
-# %% ../nbs/lib/02_models.ipynb #cell-026
+# %% ../nbs/lib/02_models.ipynb #cell-029
 class _Reached(Exception):
     "Raised by a hook to end a forward whose rest nobody needs."
 
@@ -317,7 +317,7 @@ def resid_post(
         finally: handle.remove()
     return stored[layer]
 
-# %% ../nbs/lib/02_models.ipynb #cell-030
+# %% ../nbs/lib/02_models.ipynb #cell-033
 def preceding(batch: Batch) -> Tensor: # (rows, time), bool
     "The places before the completion tokens, where these are predicted."
     before = batch.completion.roll(-1, 1)
@@ -340,7 +340,7 @@ def completion_log_probs(
     logits = unembed(model, final_hidden(model, batch)[preceding(batch)])
     return -F.cross_entropy(logits, batch.ids[batch.completion], reduction='none')
 
-# %% ../nbs/lib/02_models.ipynb #cell-033
+# %% ../nbs/lib/02_models.ipynb #cell-035
 @dataclass(frozen=True)
 class Start:
     "Prompts that have been read, ready to be continued; rows are padded on the left."
@@ -432,7 +432,7 @@ def generate(
         for i, answer in zip(chunk, answers_said(lm, len(chunk), tokens)): said[i] = answer
     return said
 
-# %% ../nbs/lib/02_models.ipynb #new2
+# %% ../nbs/lib/02_models.ipynb #cell-039
 def said_log_probs(
     lm: LM,
     start: Start,  # prompts that have been read
@@ -473,7 +473,7 @@ def margins(
     both = log_prob(lm, pairs)
     return both[:len(rows)] - both[len(rows):]
 
-# %% ../nbs/lib/02_models.ipynb #cell-037
+# %% ../nbs/lib/02_models.ipynb #cell-043
 @contextlib.contextmanager
 def _peft():
     "PEFT without the notice that it asks transformers for something by its old name, which is not the reader's to mend."
