@@ -41,6 +41,15 @@ def test_bad_parameters_stop_before_the_model_loads(wrong, said, tmp_path):
     assert not (tmp_path/'study').exists()
 
 
+def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
+    "Said before any arm is trained."
+    from blockem.study import checked
+    from blockem.train import Parameters
+    monkeypatch.delenv('IN_TEST', raising=False)  # which would put the tiny preset, anchors and all, in the place of any other
+    with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(Parameters, dict(preset='llama31-8b', arms='correct,hold'))
+    assert checked(Parameters, dict(preset='llama31-8b', arms='correct,blocked')).arm_list == ('base', 'sft', 'correct', 'blocked')
+
+
 def test_discovery_stages_meet_on_disk(tmp_path):
     "Each stage reads what the one before offered, and says which one to run when nothing is there."
     early = _papermill(ROOT, 'nbs/01_induce_repair.ipynb', tmp_path/'early.ipynb', study=tmp_path/'study')
