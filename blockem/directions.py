@@ -135,7 +135,7 @@ def inside(direction: Tensor, rows: Tensor) -> float: # share of the squared len
     axes = basis.Vh[basis.S > 1e-6*basis.S[0]]
     return (axes @ direction).square().sum().item()/direction.square().sum().item()
 
-# %% ../nbs/06_directions.ipynb #cell-026
+# %% ../nbs/06_directions.ipynb #cell-028
 FORMS = ('projection', 'affine', 'subtraction', 'addition')
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def edited_answers(
         said += [dict(form=form, alpha=alpha, id=r.id, prompt=r.prompt, answer=a) for r, a in zip(rows, answers)]
     return pd.DataFrame(said)
 
-# %% ../nbs/06_directions.ipynb #cell-029
+# %% ../nbs/06_directions.ipynb #cell-031
 def within_budget(
     answers: pd.DataFrame, # graded: columns place, form, alpha, misaligned, coherent
     budget: float,
@@ -195,7 +195,7 @@ def within_budget(
     best = shares[shares.incoherent <= budget].sort_values(['misaligned', 'alpha'], kind='stable')
     return best.drop_duplicates(['place', 'form']).reset_index(drop=True)
 
-# %% ../nbs/06_directions.ipynb #cell-032
+# %% ../nbs/06_directions.ipynb #cell-034
 def removed(
     answers: pd.DataFrame, # graded by one judge: columns what ('base', 'tuned' and others), id, misaligned, coherent, perplexity
     plain: list,           # of what is no edit of the fine-tuned model
@@ -208,7 +208,7 @@ def removed(
     rows = [(what, harm[what].mean(), broken[what], perplexity[what], len(harm), *gone(what)) for what in dict.fromkeys([*plain, *harm])]
     return pd.DataFrame(rows, columns=['what', 'misaligned', 'incoherent', 'perplexity', 'n', 'value', 'low', 'high'])
 
-# %% ../nbs/06_directions.ipynb #cell-039
+# %% ../nbs/06_directions.ipynb #cell-041
 def along(
     tuned: Tensor, base: Tensor, # states on the same prompts, (rows, layers, width)
     directions: Tensor,          # (layers, width)
@@ -246,7 +246,7 @@ def detect_plot(found: pd.DataFrame, title: str) -> go.Figure: # from `detect`
     fig.update_xaxes(title='after block').update_yaxes(title='0 the base, 1 the reference')
     return fig.update_layout(title_text=title)
 
-# %% ../nbs/06_directions.ipynb #cell-040
+# %% ../nbs/06_directions.ipynb #cell-042
 def check_base(
     base: LM,
     adapter: Path, # a folder in PEFT's format
@@ -257,7 +257,7 @@ def check_base(
     if named and Path(named).name not in known:
         raise ValueError(f'cannot tell: {adapter} was trained on {named!r}, and this is {base.name!r}; give its own base, and a reference that was made on it')
 
-# %% ../nbs/06_directions.ipynb #cell-046
+# %% ../nbs/06_directions.ipynb #cell-048
 def convergence(
     read: dict,   # domain -> {'core', 'final'} -> states of its organism, (rows, width)
     core: Tensor, final: Tensor, # states of the base
@@ -270,7 +270,7 @@ def convergence(
     others = {d: x['final'] for d, x in read.items()} | {'control': control}
     return cosine, pd.DataFrame({d: {e: auroc((x @ way[e]).numpy(), (final @ way[e]).numpy()) for e in way} for d, x in others.items()})
 
-# %% ../nbs/06_directions.ipynb #cell-054
+# %% ../nbs/06_directions.ipynb #cell-056
 def deltas(folder: Path) -> dict: # module -> (A, B)
     "The matrices of an adapter in PEFT's format."
     tensors, _ = load_tensors(folder/'adapter_model.safetensors')
@@ -287,7 +287,7 @@ def written(
         rows.append((layer, abs(torch.nn.functional.cosine_similarity(b[:, 0], directions[layer], dim=0).item()), (b.norm()*a.norm()).item()))
     return pd.DataFrame(sorted(rows), columns=['layer', 'cosine', 'length'])
 
-# %% ../nbs/06_directions.ipynb #cell-061
+# %% ../nbs/06_directions.ipynb #cell-063
 def evenly(steps: int, n: int=10) -> tuple: # numbers of steps
     "When to look at a run, as evenly as can be."
     return tuple(sorted({max(1, round(steps*(i + 1)/n)) for i in range(n)}))
@@ -313,7 +313,7 @@ def turn(
     for _ in range(300): values.append(best(*curves[draw.integers(0, len(curves), len(curves))]))
     return float(best(*curves)), *map(float, np.quantile(values, [.025, .975], method='nearest'))
 
-# %% ../nbs/06_directions.ipynb #cell-064
+# %% ../nbs/06_directions.ipynb #cell-066
 def course_plot(
     course: pd.DataFrame, # columns arm, step, id, projection, margin, misaligned, turned
     steps: pd.DataFrame,  # the logs: columns arm, step, grad_norm
@@ -333,7 +333,7 @@ def course_plot(
     fig.update_xaxes(title='optimiser steps').update_yaxes(title='share of the range')
     return fig.update_layout(title_text='When it appears', title_subtitle_text=f'{course.id.nunique()} prompts; misaligned answers on the scale from 0 to 1')
 
-# %% ../nbs/06_directions.ipynb #cell-068
+# %% ../nbs/06_directions.ipynb #cell-070
 def finding(
     signals: pd.DataFrame, outcome: pd.DataFrame,
     leader: str=None, # the edit that was best on the core prompts, None where none stayed within the budget
