@@ -98,7 +98,8 @@ def detect(
     from blockem.directions import check_base, detect as read, detect_plot
     from blockem.models import load_adapter, load_model, to_read
     from blockem.study import writing
-    if not (adapter/'adapter_model.safetensors').is_file(): raise typer.BadParameter(f'{adapter} holds no adapter_model.safetensors')
+    for name in ('adapter_model.safetensors', 'adapter_config.json'):
+        if not (adapter/name).is_file(): raise typer.BadParameter(f'{adapter} holds no {name}')
     reference = reference or data_path('directions', f'{Path(base).name}.safetensors')
     if not reference.is_file(): raise typer.BadParameter(f'no reference for {base!r}: {reference} does not exist; make one with nbs/06_directions.ipynb and give it with --reference')
     lm = load_model(base)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .data import PROMPT_SETS, Domain, known_domains, load_domain, load_prompts, sha256
 from .judge import check_judges, judge_folder, kappa, load_judges
-from .models import LM, fast_dtype, generate, log_prob, margins
+from .models import LM, generate, log_prob, margins
 from .study import Study, fingerprint, writing
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-005
@@ -116,7 +116,7 @@ def measure(
         write_table(likelihoods(lm, sets), folder/'likelihoods.parquet')
     asked = {k: fingerprint(dict(rows=[asdict(r) for r in v])) for k, v in sets.items()}
     fitted = {p.stem: sha256(p) for p in sorted(judge_folder(base).glob('*.safetensors')) if p.stem in check_judges(judges)}
-    return study.work(name, key | dict(precision=str(fast_dtype(base.device.type)), judges=judges, fitted=fitted, length=study.preset.answer_tokens, asked=asked), make)
+    return study.work(name, key | dict(precision=base.precision, judges=judges, fitted=fitted, length=study.preset.answer_tokens, asked=asked), make)
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-015
 COLUMNS = ['preset', 'stage', 'domain', 'seed', 'arm', 'prompts', 'judge', 'measure', 'value', 'low', 'high', 'n', 'run']

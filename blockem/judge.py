@@ -28,7 +28,7 @@ from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
-from .models import LM, batches, cache_dir, decoder_blocks, fast_dtype, generate, resid_post, to_read, tokenise
+from .models import LM, batches, cache_dir, decoder_blocks, generate, resid_post, to_read, tokenise
 from .study import Study, load_tensors, save_tensors, writing
 
 # %% ../nbs/lib/06_judge.ipynb #cell-005
@@ -95,7 +95,7 @@ def base_answers(
         answers = generate(to_read(lm), prompts, **SAMPLING)
         lines = [json.dumps(dict(prompt=p, answer=a), ensure_ascii=False) for p, a in zip(prompts, answers)]
         with writing(folder/'answers.jsonl') as p: p.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-    unit = study.work('answers-base', dict(model=lm.name, dtype=str(fast_dtype(lm.device.type)), **SAMPLING, data=_sources()), make)
+    unit = study.work('answers-base', dict(model=lm.name, precision=lm.precision, **SAMPLING, data=_sources()), make)
     lines = (unit/'answers.jsonl').read_text(encoding='utf-8').split('\n')
     return [tuple(json.loads(line).values()) for line in lines if line]
 

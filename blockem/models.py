@@ -35,6 +35,10 @@ class LM:
     def device(self) -> torch.device:
         "Where the weights are."
         return next(self.model.parameters()).device
+    @property
+    def precision(self) -> str: # 'bfloat16' or 'float32'
+        "What it is trained and read in on this machine."
+        return str(fast_dtype(self.device.type)).removeprefix('torch.')
     def with_model(self, model) -> 'LM':
         "The same tokenizer around other weights."
         return LM(model, self.tokenizer, self.name)

@@ -152,7 +152,7 @@ def steered_answers(
 ) -> pd.DataFrame:     # columns latent, alpha, id, prompt, answer
     "Every prompt answered under every condition, part by part."
     tables, length = [], study.preset.answer_tokens
-    same = dict(weights=weights_id(lm.model), dictionary=dictionary.sha256, prompts=fingerprint(dict(rows=[r.messages for r in rows])),
+    same = dict(weights=weights_id(lm.model), precision=lm.precision, dictionary=dictionary.sha256, prompts=fingerprint(dict(rows=[r.messages for r in rows])),
                 scale=scale, where=where, length=length)
     for first in tqdm(range(0, len(conditions), part), desc=name, unit='part', disable=len(conditions) <= part):
         chosen = conditions[first:first + part]

@@ -24,7 +24,7 @@ from .evaluate import contrasts, measure, selection_prompts
 from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, training_pairs
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, choose_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
-from .models import LM, collate, fast_dtype, load_model, to_read
+from .models import LM, collate, load_model, to_read
 from .penalty import Block
 from .study import Study, get_preset, load_tensors
 
@@ -158,7 +158,7 @@ def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
     "What a run was, and how long its training took; written beside its tables."
     seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for arms in trained.values() for folder in arms.values()]
     return dict(preset=plan.study.preset.name, domain=plan.domain.name, seeds=list(trained), judges=plan.judges, lam=plan.lam, limit=plan.limit,
-                precision=str(fast_dtype(plan.lm.device.type)).removeprefix('torch.'),
+                precision=plan.lm.precision,
                 latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
 
 # %% ../nbs/03_train.ipynb #cell-028
