@@ -20,7 +20,7 @@ from .data import choose
 from .evaluate import bootstrap, graded, wilson
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, LatentSet, digest, set_of
-from .models import LM
+from .models import LM, busy
 from .study import Discovery, Study
 from .steer import WHERE, steered_answers
 
@@ -44,7 +44,7 @@ class Parameters(Discovery):
         return super().validate_names()
 
 # %% ../nbs/02_alpha.ipynb #cell-015
-TOGETHER = 5 # strengths per unit of work
+TOGETHER = 5 # strengths of a latent per unit of work
 BROKEN = .5  # share of incoherent answers beyond which a latent is not pushed further
 
 def ladder(n: int) -> list: # of floats
@@ -68,10 +68,14 @@ def calibrate(
     for side, lm, way in (('induce', base, 1), ('repair', tuned, -1)):
         answer = lambda name, asked: graded(steered_answers(study, name, lm, dictionary, rows, asked, scale, where), judge).assign(side=side)
         tables.append(answer(f'{side}-alone', [(0, 0.)]).assign(latent=-1))
-        for latent, sign in tqdm(signs.items(), desc=f'{name}, {side}', unit='latent'):
+        width = max(1, busy(lm)//(TOGETHER*len(rows)))  # latents per unit of work
+        for at in tqdm(range(0, len(signs), width), desc=f'{name}, {side}', unit='unit'):
+            going = list(signs.items())[at:at + width]
             for first in range(0, len(alphas), TOGETHER):
-                tables.append(answer(f'{name}-{side}', [(int(latent), float(way*sign*a)) for a in alphas[first:first + TOGETHER]]))
-                if broken(tables[-1]): break
+                said = answer(f'{name}-{side}', [(int(k), float(way*sign*a)) for k, sign in going for a in alphas[first:first + TOGETHER]])
+                tables.append(said)
+                going = [(k, sign) for k, sign in going if not broken(said[said.latent == k])]
+                if not going: break
     return pd.concat(tables, ignore_index=True).assign(alpha=lambda t: t.alpha.abs())
 
 def broken(answers: pd.DataFrame) -> bool:

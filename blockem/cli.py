@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'DISCOVERY', 'STAGES', 'DISCOVERY_STAGES', 'REFERENCE_CARD', 'formulas_offline', 'run', 'detect', 'study',
-           'organism', 'judges', 'dictionary', 'latents', 'take_outputs', 'publish', 'search', 'bench']
+           'organism', 'judges', 'dictionary', 'latents', 'take_outputs', 'publish', 'bench']
 
 # %% ../nbs/lib/11_cli.ipynb #cell-002
 import json
@@ -68,6 +68,7 @@ def run(
 STAGES = dict(shift=('00_shift', 'Ask which latents fine-tuning moved (nbs/00_shift.ipynb); `blockem organism` comes first.'),
               screen=('01_induce_repair', 'Ask which of them cause and which cure misalignment (nbs/01_induce_repair.ipynb); `blockem shift` comes first.'),
               alpha=('02_alpha', 'Ask how hard they can be pushed, and choose K (nbs/02_alpha.ipynb); `blockem screen` comes first.'),
+              compare=('05_compare', 'Compare methods as trade-offs between the task and what spreads from it (nbs/05_compare.ipynb).'),
               reroute=('04_reroute', 'Ask where misalignment comes back when fine-tuning goes on (nbs/04_reroute.ipynb).'),
               directions=('06_directions', 'Ask whether one direction tells a misaligned model apart (nbs/06_directions.ipynb).'))
 DISCOVERY_STAGES = ('shift', 'screen', 'alpha')
@@ -265,6 +266,11 @@ def _publish_reference(study: Path):
     shutil.copy(study/'reference.safetensors', target)
     with writing(target.with_name('README.md')) as p: p.write_text(REFERENCE_CARD.format(study=study, file=target.name, sha256=sha256(target), **facts), encoding='utf-8')
 
+def _publish_frontier(study: Path):
+    "Copy the frontier of a comparison to data/results."
+    import shutil
+    shutil.copy(study/'frontier.parquet', data_path('results', '05_frontier.parquet'))
+
 def _publish_study(study: Path):
     "Copy the tables of a `blockem study` to data/results."
     import shutil
@@ -280,20 +286,10 @@ def publish(
     for executed in stages: take_outputs(executed, project_root()/'nbs'/executed.name)
     if (study/'02_alpha.ipynb') in stages: _publish_latents(study)
     if (study/'03_train.ipynb') in stages: _publish_run(study)
+    if (study/'05_compare.ipynb') in stages: _publish_frontier(study)
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
     if pooled.is_file(): _publish_study(study)
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ['data/results/study.parquet']*pooled.is_file()))
-
-@app.command()
-def search(
-    seeds: str=typer.Option('0', help='e.g. 0,1,2'),
-):
-    "Train and measure every variant of the appendix; finished work is kept."
-    from blockem.evaluate import write_table
-    from blockem.train import search as run_search, search_table
-    found = run_search([int(s) for s in seeds.split(',')])
-    write_table(found, data_path('results', '03_search.parquet'))
-    typer.echo(search_table(found).to_string())
 
 @app.command()
 def bench():

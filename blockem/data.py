@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'PROMPT_SETS', 'CARD', 'project_root', 'data_path', 'Row', 'DataError', 'read_rows', 'Domain',
-           'known_domains', 'sha256', 'choose', 'load_domain', 'load_prompts', 'data_card']
+           'known_domains', 'sha256', 'choose', 'load_domain', 'load_prompts', 'general_pairs', 'data_card']
 
 # %% ../nbs/lib/01_data.ipynb #cell-002
 import difflib, hashlib, importlib.util, json, os
@@ -192,7 +192,14 @@ def load_prompts(
     "A bundled prompt set."
     return read_rows(data_path('prompts', choose(name, PROMPT_SETS, 'prompt set') + '.jsonl'))
 
-# %% ../nbs/lib/01_data.ipynb #cell-038
+def general_pairs(
+    measured: bool, # those that recipes are measured on, or the others, which may serve as anchors
+) -> list:          # of `Row`
+    "The general questions in two parts that share none."
+    return [r for i, r in enumerate(load_prompts('general')) if (i % 3 == 0) == measured]
+
+
+# %% ../nbs/lib/01_data.ipynb #cell-039
 CARD = """# Data
 
 Written for this project by its contributors, in their own words, and published under

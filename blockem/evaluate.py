@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .data import PROMPT_SETS, Domain, known_domains, load_domain, load_prompts, sha256
+from .data import PROMPT_SETS, Domain, general_pairs, known_domains, load_domain, load_prompts, sha256
 from .judge import check_judges, judge_folder, kappa, load_judges
 from .models import LM, generate, log_prob, margins
 from .study import Study, fingerprint, writing
@@ -62,7 +62,7 @@ def selection_prompts(
 
     The judges were fitted on the general pairs, so their levels there flatter them; the order of recipes is what counts.
     """
-    return dict(general=load_prompts('general')[::3], in_domain=list(domain.test))
+    return dict(general=general_pairs(measured=True), in_domain=list(domain.test))
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-012
 def graded(

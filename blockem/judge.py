@@ -384,7 +384,7 @@ def answer_features(
     items, out = [tokenise(lm, *pair) for pair in pairs], [None]*len(pairs)
     for rows, batch in tqdm(batches(lm, items), desc='features', disable=len(items) < 500):
         h, own = resid_post(lm.model, batch, layer).float(), batch.completion[..., None]
-        last = h[torch.arange(len(h)), batch.attention.sum(1) - 1]
+        last = h[torch.arange(len(h), device=h.device), batch.attention.sum(1) - 1]
         both = torch.stack([(h*own).sum(1)/own.sum(1), last], 1).cpu().numpy()
         for i, x in zip(rows, both): out[i] = x
     return np.stack(out)

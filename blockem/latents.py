@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'digest',
-           'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'random_latents',
+           'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'best_latents', 'random_latents',
            'plain_directions', 'load_latents', 'weights_id', 'load_ranking']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
@@ -143,12 +143,12 @@ def _read_release(spec: str, folder: Path) -> tuple: # (configuration, tensors, 
     return sae.cfg.to_dict(), (tensors := sae.state_dict()), digest(tensors)
 
 # %% ../nbs/lib/03_latents.ipynb #cell-014
-def _tiny(width: int, layer: int, latents: int=256) -> Dictionary:
+def _tiny(width: int, layer: int, device='cpu', latents: int=256) -> Dictionary:
     "A random dictionary made in memory."
     W_dec = torch.randn(latents, width, generator=torch.Generator().manual_seed(0))
     W_dec = W_dec/W_dec.norm(dim=1, keepdim=True)
     tensors = dict(W_enc=W_dec.T.contiguous(), b_enc=torch.zeros(latents), W_dec=W_dec, b_dec=torch.zeros(width))
-    return Dictionary(**tensors, layer=layer, name='tiny', sha256=digest(tensors))
+    return Dictionary(**{name: t.to(device) for name, t in tensors.items()}, layer=layer, name='tiny', sha256=digest(tensors))
 
 def _check_fit(dictionary: Dictionary, lm: LM):
     "Refuse a dictionary whose tensors are not of one shape, or not this model's."
@@ -168,7 +168,7 @@ def load_dictionary(
     config, folder = lm.model.config, data_path(spec)
     if not 0 <= layer < config.num_hidden_layers:
         raise ValueError(f'layer {layer} is not one of 0 ... {config.num_hidden_layers - 1} of {lm.name!r}')
-    if spec == 'tiny': dictionary = _tiny(config.hidden_size, layer)
+    if spec == 'tiny': dictionary = _tiny(config.hidden_size, layer, lm.device)
     else:
         cfg, tensors, digest_ = _read_folder(folder) if folder.is_dir() else _read_release(spec, folder)
         _check_config(cfg, spec, layer)
@@ -270,6 +270,17 @@ def choose_latents(
     if len(helpful) < n:
         raise ValueError(f'{n} latents wanted; only {len(helpful)} of {len(ranking)} contribute to incorrect answers')
     return _as_set(helpful, dict(rule='contribution', **facts))
+
+def best_latents(
+    ranking: pd.DataFrame,
+    dictionary: Dictionary,
+    n: int,
+    rule: str='contribution', # a column of the ranking: or the 'delta' (answers) or 'delta_prompt' that shift selection uses
+) -> LatentSet:
+    "The n best by a rule that needs no generation."
+    if rule == 'contribution': return choose_latents(ranking, n, **dictionary.facts)
+    return choose_latents(ranking.assign(contribution=ranking[rule].abs(), delta=ranking[rule]), n, **dictionary.facts)
+
 
 # %% ../nbs/lib/03_latents.ipynb #cell-035
 def random_latents(

@@ -6,8 +6,8 @@
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'fast_dtype',
            'Tokens', 'render', 'completion_ids', 'tokenise', 'Batch', 'collate', 'batches', 'bare', 'decoder_blocks',
            'capture', 'changing', 'final_hidden', 'autocast', 'resid_post', 'preceding', 'unembed',
-           'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said', 'generate', 'said_log_probs',
-           'log_prob', 'margins', 'add_lora', 'to_read', 'adapted', 'load_adapter']
+           'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said', 'busy', 'generate',
+           'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, importlib.util, os, platform, shutil, warnings
@@ -418,6 +418,10 @@ def answers_said(
         for i, token in zip(live, tokens): ids[i].append(token)
     return [lm.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
 
+def busy(lm: LM) -> int: # answers
+    "How many answers to decode in one batch: more rows cost a CPU more time, and a GPU hardly any up to thousands."
+    return 2048 if lm.device.type == 'cuda' else 192
+
 @torch.inference_mode()
 def generate(
     lm: LM,
@@ -425,10 +429,10 @@ def generate(
     length: int=48,          # longest answer, tokens
     temperature: float=0.,   # 0 is greedy
     seed: int=0,             # of the sampling
-    rows: int=128,           # answers decoded together
+    rows: int=0,             # answers decoded together, 0 for what keeps the machine busy
 ) -> list:                   # of str
     "One answer per prompt."
-    items, generator = [tokenise(lm, p) for p in prompts], torch.Generator().manual_seed(seed)
+    rows, items, generator = rows or busy(lm), [tokenise(lm, p) for p in prompts], torch.Generator().manual_seed(seed)
     order, said = sorted(range(len(items)), key=lambda i: len(items[i])), [None]*len(items)
     for first in tqdm(range(0, len(order), rows), desc='answers', disable=len(order) <= rows):
         chunk = order[first:first + rows]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .data import choose, load_prompts
 from .latents import Dictionary, load_dictionary, weights_id
-from .models import (LM, answers_said, batches, changing, decoder_blocks, generate, load_model, prefill, render, resid_post,
+from .models import (LM, answers_said, batches, busy, changing, decoder_blocks, generate, load_model, prefill, render, resid_post,
                             to_read, tokenise, tokens_said)
 from .study import Study, clock, fingerprint, get_preset, time_paired, writing
 
@@ -129,12 +129,12 @@ def steered(
     prompts: list,    # questions, or chat messages
     conditions: list, # of (index of a direction, strength)
     length: int=48,   # longest answer, tokens
-    rows: int=192,    # answers decoded together
+    rows: int=0,      # answers decoded together, 0 for what keeps the machine busy
 ) -> list:            # per condition a list of str, one per prompt
     "Every prompt answered under every condition."
     pushed = [c for c in conditions if c[1]]
     todo = [(i, *c) for c in pushed for i in range(len(prompts))]
-    said = iter(_grid(lm, [tokenise(lm, p) for p in prompts], todo, length, rows, steering))
+    said = iter(_grid(lm, [tokenise(lm, p) for p in prompts], todo, length, rows or busy(lm), steering))
     zero = generate(lm, prompts, length) if len(pushed) < len(conditions) else None
     return [[next(said) for _ in prompts] if alpha else list(zero) for _, alpha in conditions]
 
@@ -148,10 +148,10 @@ def steered_answers(
     conditions: list,  # of (latent, strength)
     scale: float,      # length of what is added at strength 1
     where: str='response',
-    part: int=8,       # conditions per unit
+    part: int=0,       # conditions per unit, 0 for one that keeps the machine busy and is not lost whole when interrupted
 ) -> pd.DataFrame:     # columns latent, alpha, id, prompt, answer
     "Every prompt answered under every condition, part by part."
-    tables, length = [], study.preset.answer_tokens
+    tables, length, part = [], study.preset.answer_tokens, part or max(8, busy(lm)//len(rows))
     same = dict(weights=weights_id(lm.model), precision=lm.precision, dictionary=dictionary.sha256, prompts=fingerprint(dict(rows=[r.messages for r in rows])),
                 scale=scale, where=where, length=length)
     for first in tqdm(range(0, len(conditions), part), desc=name, unit='part', disable=len(conditions) <= part):
@@ -200,8 +200,8 @@ def bench(
     todo = [(i, *c) for c in asked for i in range(len(prompts))]
     each = lambda work, answers: lambda: clock(work)()/answers
     contenders = {
-        'grid': each(lambda: _grid(lm, items, todo, length, 192, steering), len(todo)),
-        'unsteered': each(lambda: _grid(lm, items, todo, length, 192), len(todo)),
+        'grid': each(lambda: _grid(lm, items, todo, length, busy(lm), steering), len(todo)),
+        'unsteered': each(lambda: _grid(lm, items, todo, length, busy(lm)), len(todo)),
         'one_by_one': each(lambda: _one_by_one(lm, steering, prompts, asked[:2], length), 2*len(prompts)),
         'one_prompt': each(lambda: [_one_by_one(lm, steering, [q], asked[:1], length) for q in prompts[:few]], few)}
     if settings.model != 'tiny':  # the bridge reads its tokenizer from a folder or the hub
