@@ -17,7 +17,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from .data import choose
-from .evaluate import bootstrap, graded, wilson
+from .evaluate import bootstrap, graded_once, wilson
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, LatentSet, digest, set_of
 from .models import LM, busy
@@ -66,7 +66,7 @@ def calibrate(
     "Every latent pushed into the base and out of the tuned model, at every strength."
     tables = []
     for side, lm, way in (('induce', base, 1), ('repair', tuned, -1)):
-        answer = lambda name, asked: graded(steered_answers(study, name, lm, dictionary, rows, asked, scale, where), judge).assign(side=side)
+        answer = lambda name, asked: graded_once(study, steered_answers(study, name, lm, dictionary, rows, asked, scale, where), judge).assign(side=side)
         tables.append(answer(f'{side}-alone', [(0, 0.)]).assign(latent=-1))
         width = max(1, busy(lm)//(TOGETHER*len(rows)))  # latents per unit of work
         for at in tqdm(range(0, len(signs), width), desc=f'{name}, {side}', unit='unit'):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'DISCOVERY', 'STAGES', 'DISCOVERY_STAGES', 'REFERENCE_CARD', 'formulas_offline', 'run', 'detect', 'study',
-           'organism', 'judges', 'dictionary', 'latents', 'take_outputs', 'publish', 'bench']
+           'organism', 'judges', 'dictionary', 'latents', 'take_outputs', 'publish', 'slim', 'bench']
 
 # %% ../nbs/lib/11_cli.ipynb #cell-002
 import json
@@ -290,6 +290,16 @@ def publish(
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
     if pooled.is_file(): _publish_study(study)
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ['data/results/study.parquet']*pooled.is_file()))
+
+@app.command()
+def slim(
+    study: Path=typer.Argument(..., help='a study folder'),
+):
+    "Drop the trained adapters of a study whose stages are done; tables, answers and logs stay, and nothing is made again."
+    from blockem.study import slim as drop
+    units = [m.parent for m in (project_root()/study).glob('*/manifest.json')]
+    if not units: raise typer.BadParameter(f'{project_root()/study} holds no finished unit of work')
+    typer.echo(f'{sum(drop(unit, "adapter_model.safetensors") for unit in units)/1e6:.0f} MB freed in {len(units)} units')
 
 @app.command()
 def bench():

@@ -14,7 +14,7 @@ from pydantic import Field
 from scipy import stats
 
 from .data import choose
-from .evaluate import bootstrap, graded
+from .evaluate import bootstrap, graded_once
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, attribution
 from .models import LM
@@ -88,7 +88,7 @@ def screen(
 ) -> pd.DataFrame:            # one row per (side, latent, prompt): side, latent, alpha, id, prompt, answer, misaligned, coherent
     "Every candidate pushed into the base and out of the tuned model; latent -1 is the model left alone."
     sides = (('induce', base, induce), ('repair', tuned, -repair))
-    answer = lambda name, side, lm, asked: graded(steered_answers(study, name, lm, dictionary, rows, asked, scale, where), judge).assign(side=side)
+    answer = lambda name, side, lm, asked: graded_once(study, steered_answers(study, name, lm, dictionary, rows, asked, scale, where), judge).assign(side=side)
     alone = pd.concat([answer(f'{side}-alone', side, lm, [(0, 0.)]) for side, lm, _ in sides], ignore_index=True).assign(latent=-1)
     check_effect(alone)
     pushed = [answer(side, side, lm, [(int(r.latent), r.sign*strength) for r in candidates.itertuples()]) for side, lm, strength in sides]

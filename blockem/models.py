@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'fast_dtype',
-           'Tokens', 'render', 'completion_ids', 'tokenise', 'Batch', 'collate', 'batches', 'bare', 'decoder_blocks',
-           'capture', 'changing', 'final_hidden', 'autocast', 'resid_post', 'preceding', 'unembed',
-           'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said', 'busy', 'generate',
-           'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read', 'adapted', 'load_adapter']
+           'Tokens', 'render', 'completion_ids', 'tokenise', 'tokenise_answers', 'Batch', 'collate', 'beside',
+           'batches', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast', 'resid_post',
+           'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said', 'busy',
+           'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read', 'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, importlib.util, os, platform, shutil, warnings
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .data import load_domain, sha256
+from .data import choose, load_domain, sha256
 from .study import intact, write_manifest
 
 # %% ../nbs/lib/02_models.ipynb #cell-005
@@ -163,7 +163,9 @@ def load_model(
 def fast_dtype(
     device: str='cpu', # type of device
 ) -> torch.dtype:      # bfloat16 or float32
-    "The precision in which this machine multiplies fastest."
+    "The precision in which this machine multiplies fastest; `BLOCKEM_PRECISION` names another."
+    asked = os.environ.get('BLOCKEM_PRECISION')
+    if asked: return getattr(torch, choose(asked, ('bfloat16', 'float32'), 'BLOCKEM_PRECISION'))
     able = device != 'cpu' or any(torch.cpu.get_capabilities().get(k) for k in ('avx512_bf16', 'amx_bf16'))
     return torch.bfloat16 if able else torch.float32
 
@@ -212,6 +214,17 @@ def tokenise(
     done = [] if answer is None else completion_ids(lm, answer)
     return Tokens(tuple(coded.input_ids + done), tuple(roles + [2]*len(done)))
 
+def tokenise_answers(
+    lm: LM,
+    pairs: list, # of (prompt, answer)
+) -> list:       # of `Tokens`
+    "`tokenise` for many answers to few prompts: each prompt is rendered once."
+    read = {}
+    for prompt, _ in pairs:
+        if repr(prompt) not in read: read[repr(prompt)] = tokenise(lm, prompt)
+    said = lm.tokenizer([answer + lm.tokenizer.eos_token for _, answer in pairs], add_special_tokens=False).input_ids
+    return [Tokens(t.ids + tuple(ids), t.roles + (2,)*len(ids)) for t, ids in ((read[repr(prompt)], ids) for (prompt, _), ids in zip(pairs, said))]
+
 # %% ../nbs/lib/02_models.ipynb #cell-023
 @dataclass(frozen=True)
 class Batch:
@@ -235,6 +248,14 @@ def collate(
     stack = lambda rows, fill: torch.tensor([list(r) + [fill]*(time - len(r)) for r in rows], device=device)
     roles = stack([t.roles for t in items], -1)
     return Batch(stack([t.ids for t in items], pad), (roles >= 0).long(), roles)
+
+def beside(
+    a: Batch, b: Batch,
+) -> Batch: # the rows of a, then those of b
+    "Two batches as one."
+    time = max(a.ids.shape[1], b.ids.shape[1])
+    wide = lambda x, fill: F.pad(x, (0, time - x.shape[1]), value=fill)
+    return Batch(*[torch.cat([wide(getattr(a, name), fill), wide(getattr(b, name), fill)]) for name, fill in (('ids', 0), ('attention', 0), ('roles', -1))])
 
 def batches(
     lm: LM,
@@ -532,6 +553,8 @@ def load_adapter(
 ) -> LM:
     "The base with a trained adapter; one that does not fit stops instead of loading as untrained."
     from peft import PeftModel
+    if not (Path(folder)/'adapter_model.safetensors').is_file():
+        raise ValueError(f'{folder} holds no adapter_model.safetensors; if `blockem slim` dropped it, delete the folder around it and run the stage again')
     try:
         with _peft(): model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder))
     except RuntimeError as e: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {str(e).splitlines()[-1].strip()}') from None

@@ -44,8 +44,8 @@ def _per_text(lm: LM, dictionary: Dictionary, batch, kept: Tensor) -> tuple: # (
     "Mean activations over the kept tokens of each text, and on how many tokens each latent is active."
     with autocast(lm.model): x = resid_post(lm.model, batch, dictionary.layer)
     z, owner = encode(dictionary, x[kept]), kept.nonzero()[:, 0]
-    total = z.new_zeros(len(kept), len(dictionary)).index_add_(0, owner, z)
-    return total/kept.sum(1, keepdim=True), (z > 0).sum(0).cpu()
+    of = torch.nn.functional.one_hot(owner, len(kept)).to(z)  # sums by a product: the same every time, which scattered additions on a GPU are not
+    return of.T @ z/kept.sum(1, keepdim=True), (z > 0).sum(0).cpu()
 
 @torch.no_grad()
 def shift_moments(

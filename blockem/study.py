@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'CHOICES', 'PACKAGES', 'Preset', 'get_preset', 'check_preset', 'checked', 'Discovery', 'time_paired',
            'clock', 'writing', 'write_json', 'save_tensors', 'load_tensors', 'versions', 'fingerprint',
-           'write_manifest', 'intact', 'Study']
+           'write_manifest', 'intact', 'Study', 'slim']
 
 # %% ../nbs/lib/00_study.ipynb #cell-002
 import contextlib, hashlib, importlib.metadata, json, os, shutil, time, tomllib, warnings
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -47,8 +47,8 @@ class Preset:
 # %% ../nbs/lib/00_study.ipynb #cell-006
 PRESETS = {p.name: p for p in [
     Preset('tiny', 'tiny', 'tiny', 1, 'tiny', rows=12, epochs=2, batch=4, answer_tokens=8, rank=2, lora_alpha=4, checkpoint_steps=2, anchors=2),
-    Preset('smollm2', 'smollm2', 'sae/smollm2-l18', 18, 'sae/smollm2-l18/latents.json', epochs=2, batch=8, last_layer=18, ratio=30.,
-           anchors=4),
+    Preset('smollm2', 'smollm2', 'sae/smollm2-l18', 18, 'sae/smollm2-l18/latents.json', epochs=2, batch=8, last_layer=18, ratio=10.,
+           anchors=4, anchor_prompts='core+general'),
     Preset('llama32-1b', 'meta-llama/Llama-3.2-1B-Instruct', 'sae/llama32-1b', 9, 'sae/llama32-1b/latents.json',
            epochs=7, lr=2e-4, targets=('q_proj', 'k_proj', 'v_proj', 'o_proj')),
     Preset('qwen25-7b', 'Qwen/Qwen2.5-7B-Instruct', 'qwen2.5-7b-instruct-andyrdt/resid_post_layer_15_trainer_1', 15,
@@ -272,3 +272,18 @@ class Study:
         if name not in known: raise ValueError(f'{path} is missing; run {stage} with the same study folder first')
         if not path.is_file() or sha256(path) != known[name]['sha256']: raise ValueError(f'{path} is not what {stage} wrote; run {stage} again')
         return path
+
+def slim(
+    unit: Path,   # a finished unit of work
+    *names: str,  # patterns of the files to drop, relative to it
+) -> int:         # bytes freed
+    "Drop large files of a finished unit; its manifest remembers their sha256, and the unit still counts as finished."
+    if not (unit/'manifest.json').is_file(): return 0
+    manifest = json.loads((unit/'manifest.json').read_text(encoding='utf-8'))
+    gone = [a for a in manifest['artefacts'] if any(PurePath(a).match(n) for n in names)]
+    files = [unit/a for a in gone if (unit/a).is_file()]
+    dropped = manifest.get('dropped', {}) | {a: manifest['artefacts'].pop(a) for a in gone}
+    write_json(unit/'manifest.json', manifest | dict(dropped=dropped))  # first, so that a crash leaves a unit that is whole
+    freed = sum(f.stat().st_size for f in files)
+    for f in files: f.unlink()
+    return freed
