@@ -28,7 +28,7 @@ test: export TOKENIZERS_PARALLELISM = false
 test: export OMP_NUM_THREADS = 1
 test: $(READY) ## run every notebook as a test (WORKERS at a time), then pytest; needs no network
 	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing
-	$(BIN)/python -m pytest -q tests $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal tests $(ARGS)
 
 docs: $(READY) ## render README.md and the site in _docs/, plots interactive, no network needed to read it
 	$(BIN)/python docs/build.py readme

@@ -126,7 +126,7 @@ def _found() -> str: # relative to the project root
 def study(
     domains: str=typer.Option('', help='e.g. legal,health; all six by default'),
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
-    arms: str=typer.Option('blocked,random', help='beside base and sft; also correct, hold, both, attribution, shift'),
+    arms: str=typer.Option('hold,blocked,random', help='beside base and sft; also correct, both, attribution, shift'),
     folder: Path=typer.Option('runs/study', help='where each domain gets its own study folder'),
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of 03_train'),
 ):
@@ -231,19 +231,19 @@ def take_outputs(
 # %% ../nbs/lib/11_cli.ipynb #cell-017
 def _publish_run(study: Path):
     "Copy the tables of a `blockem run` to data/results."
-    import os
+    import shutil
     import pandas as pd
     from blockem.evaluate import write_table
-    from blockem.study import write_json
     tables = {'evaluation': '03_train', 'contrasts': '03_train_contrasts'}
     for name, target in tables.items(): write_table(pd.read_parquet(study/f'{name}.parquet'), data_path('results', f'{target}.parquet'))
-    run = json.loads((study/'run.json').read_text())
-    write_json(data_path('results', '03_train.json'), run | dict(cores=os.cpu_count()))
+    shutil.copy(study/'run.json', data_path('results', '03_train.json'))
 
 def _publish_latents(study: Path):
-    "Copy the latents that a discovery ended with to their dictionary, where 03_train can be given them."
+    "Copy the latents that a discovery ended with, and their ranking, to a folder beside their dictionary, where 03_train can be given them."
     import shutil
-    shutil.copy(study/'latents.json', data_path(json.loads((study/'latents.json').read_text())['dictionary'])/'causal.json')
+    target = data_path(json.loads((study/'latents.json').read_text())['dictionary'])/'causal'
+    target.mkdir(exist_ok=True)
+    for name in ('latents.json', 'ranking.parquet'): shutil.copy(study/name, target/name)
 
 REFERENCE_CARD = """# The reference direction of {model}
 
@@ -266,10 +266,10 @@ def _publish_reference(study: Path):
     shutil.copy(study/'reference.safetensors', target)
     with writing(target.with_name('README.md')) as p: p.write_text(REFERENCE_CARD.format(study=study, file=target.name, sha256=sha256(target), **facts), encoding='utf-8')
 
-def _publish_frontier(study: Path):
-    "Copy the frontier of a comparison to data/results."
+def _publish_table(table: Path, name: str):
+    "Copy one table to data/results."
     import shutil
-    shutil.copy(study/'frontier.parquet', data_path('results', '05_frontier.parquet'))
+    shutil.copy(table, data_path('results', name))
 
 def _publish_study(study: Path):
     "Copy the tables of a `blockem study` to data/results."
@@ -286,7 +286,8 @@ def publish(
     for executed in stages: take_outputs(executed, project_root()/'nbs'/executed.name)
     if (study/'02_alpha.ipynb') in stages: _publish_latents(study)
     if (study/'03_train.ipynb') in stages: _publish_run(study)
-    if (study/'05_compare.ipynb') in stages: _publish_frontier(study)
+    if (study/'04_reroute.ipynb') in stages: _publish_table(study/'course.parquet', '04_course.parquet')
+    if (study/'05_compare.ipynb') in stages: _publish_table(study/'frontier.parquet', '05_frontier.parquet')
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
     if pooled.is_file(): _publish_study(study)
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ['data/results/study.parquet']*pooled.is_file()))
@@ -306,6 +307,8 @@ def bench():
     "Time what costs against its bound, paired, and write data/results/bench.json."
     from blockem import finetune, shift, steer
     from blockem.study import write_json
-    found = finetune.bench() | shift.bench() | steer.bench()
-    write_json(data_path('results', 'bench.json'), found)
+    found = {}
+    for part in (finetune, shift, steer):  # written after each, as each takes minutes
+        found |= part.bench()
+        write_json(data_path('results', 'bench.json'), found)
     typer.echo(json.dumps(found, indent=1))

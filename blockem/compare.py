@@ -38,7 +38,7 @@ class Method:
     n: int=0            # how many, 0 for as many as the set that was chosen by attribution
     changes: dict=field(default_factory=dict) # preset fields
 
-START = dict(anchor_prompts='core', ratio=30.)  # preset fields that every method begins with
+START = dict(anchors=4, anchor_prompts='core', ratio=30.)  # preset fields that every method begins with
 _ratios, _weights = (10., 30., 100.), (.1, .3, 1.)
 _wide, _own = dict(anchor_prompts='core+general'), dict(anchor_prompts='core+general', anchor_answers='own')
 METHODS = {

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from pydantic import Field
 
 from .data import choose
-from .evaluate import bootstrap, excess_cut, kept, measure, paired_shares
+from .evaluate import bootstrap, excess_cut, kept, measure, paired_shares, wilson
 from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm
 from .latents import Dictionary, LatentSet, encode, reconstruct
 from .models import LM, batches, margins, resid_post, to_read, tokenise
@@ -101,14 +101,16 @@ def look(answers: pd.DataFrame, steps: int) -> pd.DataFrame:
 def course(
     answers: pd.DataFrame, # columns arm ('base', 'sft' and others), seed, steps and those of `judged_answers`
     arm: str='blocked',
-) -> pd.DataFrame:         # steps, judge, measure ('cut', 'kept'), value, low, high, n
-    "Excess EM cut and adherence kept along training."
+) -> pd.DataFrame:         # steps, judge, measure ('cut', 'kept', 'incoherent'), value, low, high, n
+    "Excess EM cut, adherence kept, and the share of final answers that make no sense, along training: a broken model is not misaligned either."
     rows = []
     for steps in sorted(set(answers.steps[answers.arm == arm]) & set(answers.steps[answers.arm == 'sft'])):
         said = look(answers, steps)
         for judge in sorted(answers.judge.unique()):
             three, two = (paired_shares(said, arms, prompts, judge) for arms, prompts in ((['base', 'sft', arm], 'final'), (['sft', arm], 'in_domain')))
             rows += [(steps, judge, 'cut', *bootstrap(three, excess_cut), three.shape[1]), (steps, judge, 'kept', *bootstrap(two, kept), two.shape[1])]
+            broken = said[(said.arm == arm) & (said.prompts == 'final') & (said.judge == judge)].pipe(lambda t: t.coherent.eq(False).groupby(t.id).mean())
+            rows.append((steps, judge, 'incoherent', broken.mean(), *wilson(broken.mean(), len(broken)), len(broken)))
     return pd.DataFrame(rows, columns=['steps', 'judge', 'measure', 'value', 'low', 'high', 'n'])
 
 def crossing(
@@ -146,19 +148,19 @@ def falls_below(
 
 # %% ../nbs/04_reroute.ipynb #cell-018
 def course_plot(found: pd.DataFrame) -> go.Figure: # from `course`, with a column arm
-    "Cut and adherence against steps, one panel per arm and one line per judge, with 95 % bands."
-    arms, styles = list(found.arm.unique()), dict(cut=('#D55E00', 'rgba(213,94,0,.14)', 'excess EM cut'), kept=('#0072B2', 'rgba(0,114,178,.14)', 'adherence kept'))
+    "Cut, adherence and incoherence against steps, one panel per arm and one line per judge, with 95 % bands."
+    arms, styles = list(found.arm.unique()), dict(cut=('#D55E00', 'rgba(213,94,0,.14)', 'excess EM cut'), kept=('#0072B2', 'rgba(0,114,178,.14)', 'adherence kept'), incoherent=('#555555', 'rgba(85,85,85,.12)', 'incoherent answers'))
     fig = make_subplots(1, len(arms), subplot_titles=arms, shared_yaxes=True, horizontal_spacing=.04)
     for (arm, what, judge), rows in found.groupby(['arm', 'measure', 'judge'], sort=False):
         (colour, band, name), at = styles[what], dict(row=1, col=arms.index(arm) + 1)
         dash = 'solid' if judge == found.judge.iloc[0] else 'dash'
-        fig.add_scatter(x=[*rows.steps, *rows.steps[::-1]], y=[*rows.high, *rows.low[::-1]], fill='toself', fillcolor=band, line_width=0, hoverinfo='skip', showlegend=False, **at)
+        fig.add_scatter(x=[*rows.steps, *rows.steps[::-1]], y=[*rows.high, *rows.low[::-1]], fill='toself', fillcolor=band, mode='lines', line_width=0, hoverinfo='skip', showlegend=False, **at)
         fig.add_scatter(x=rows.steps, y=rows.value, mode='lines+markers', line=dict(color=colour, dash=dash), name=f'{name}, {judge}', showlegend=arm == arms[0], hovertemplate=f'{arm}, step %{{x}}: %{{y:.0%}}<extra></extra>', **at)
-    fig.update_xaxes(title='optimiser steps').update_yaxes(tickformat='.0%').update_yaxes(title='share of the free run at the same step', col=1)
+    fig.update_xaxes(title='optimiser steps').update_yaxes(tickformat='.0%').update_yaxes(title='cut, kept: of the free run at the same step', col=1)
     return fig.update_layout(title_text='What is held as fine-tuning goes on', title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts')
 
 
-# %% ../nbs/04_reroute.ipynb #cell-023
+# %% ../nbs/04_reroute.ipynb #cell-024
 @torch.no_grad()
 def drift(
     base: LM, tuned: LM, # to read from
@@ -191,7 +193,7 @@ def still_steers(
     with pushing(lm.model, dictionary.layer, alpha*scale*joint/joint.norm()): pushed = margins(lm, rows)
     return pushed - margins(lm, rows)
 
-# %% ../nbs/04_reroute.ipynb #cell-027
+# %% ../nbs/04_reroute.ipynb #cell-028
 def split(
     moved: torch.Tensor,  # mean movement of the residual stream, (width,)
     codes: torch.Tensor,  # mean movement of every latent, (latents,)
@@ -204,7 +206,7 @@ def split(
     K, others = along((codes*inside) @ W), along((codes*~inside) @ W)
     return {'length': moved.norm().item(), 'K': K, 'other latents': others, 'outside the dictionary': 1 - K - others}
 
-# %% ../nbs/04_reroute.ipynb #cell-031
+# %% ../nbs/04_reroute.ipynb #cell-032
 def workers(
     movement: dict,          # (arm, steps) -> (mean movement, movement per latent)
     gradient: torch.Tensor,  # of the margin per latent, (latents,)
@@ -218,7 +220,7 @@ def overlap(work: pd.DataFrame, one: str, other: str, top: int=40) -> int:
     "How many of the strongest of one run are among those of another."
     return len(set(work[one].nlargest(top).index) & set(work[other].nlargest(top).index))
 
-# %% ../nbs/04_reroute.ipynb #cell-034
+# %% ../nbs/04_reroute.ipynb #cell-035
 def jump(
     moved: pd.DataFrame, # from `patched_margins`, one way, all kinds of tokens
     tokens: str,
@@ -230,7 +232,7 @@ def jump(
     whole = abs(ends.iloc[-1] - ends.iloc[0])
     return int(steps.idxmax()), float(steps.max()/whole) if whole else np.nan
 
-# %% ../nbs/04_reroute.ipynb #cell-036
+# %% ../nbs/04_reroute.ipynb #cell-037
 def patching_plot(
     patched: pd.DataFrame, # columns way, tokens, layer, value
     said: dict={},         # (tokens, layer) -> an answer to show on hover
@@ -244,7 +246,7 @@ def patching_plot(
     fig.update_xaxes(title='after block').update_yaxes(title='tokens patched')
     return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text=f'{patched.id.nunique()} prompts; 100 % is the base')
 
-# %% ../nbs/04_reroute.ipynb #cell-041
+# %% ../nbs/04_reroute.ipynb #cell-042
 def verdicts(
     drifted: pd.DataFrame, pushes: pd.DataFrame, shares: pd.DataFrame, summary: pd.DataFrame, jumps: dict, # from the cells above
     layer: int,                                                                                             # the dictionary's
@@ -260,7 +262,7 @@ def verdicts(
             f'{s["outside the dictionary"]:.0%} outside the dictionary; of what moved towards incorrect answers to first order, {w["by others"]/max(w["by others"] + w["by K"], 1e-12):.0%} went through latents outside K.',
             f'**H3, a detour behind the layer**: {"supported" if place > layer else "not supported"}. The largest step, {share:.0%} of the way back to the base, comes with the states after block {place}; the dictionary reads block {layer}.']
 
-# %% ../nbs/04_reroute.ipynb #cell-046
+# %% ../nbs/04_reroute.ipynb #cell-047
 def streams(
     base: LM, models: dict, # name -> LM to read from, in order
     dictionary: Dictionary,

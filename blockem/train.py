@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'check_impartial', 'Parameters', 'Plan', 'weight', 'charged_sets', 'train_charged', 'train_seed',
-           'evaluate_arms', 'steps_table', 'run_facts', 'token_bill', 'example_prompts', 'side_by_side', 'finding']
+           'evaluate_arms', 'steps_table', 'run_facts', 'bills', 'token_bill', 'example_prompts', 'side_by_side',
+           'finding']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -22,7 +23,7 @@ from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, traini
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, random_latents
 from .models import LM, collate, to_read
-from .penalty import Block
+from .penalty import Block, Price, saturated
 from .study import Study, get_preset
 
 # %% ../nbs/03_train.ipynb #cell-006
@@ -45,7 +46,7 @@ class Parameters(OnDomain):
     lam: Literal['auto']|float = 'auto'
     latents: str = ''
     epochs: int|None = Field(None, ge=1)
-    arms: str = 'correct,blocked,random'
+    arms: str = ''
 
     @property
     def seed_list(self) -> list: # of int
@@ -54,8 +55,9 @@ class Parameters(OnDomain):
 
     @property
     def arm_list(self) -> tuple: # of str
-        "The arms to train and compare, in reading order."
-        wanted = [choose(a.strip(), ARMS[2:], 'arm') for a in self.arms.split(',') if a.strip()]
+        "The arms to train and compare, in reading order; by default the control, and what the preset has anchors for."
+        usual = 'correct,hold' if get_preset(self.preset).anchors else 'correct,blocked'
+        wanted = [choose(a.strip(), ARMS[2:], 'arm') for a in (self.arms or usual).split(',') if a.strip()]
         return ('base', 'sft', *[a for a in ARMS if a in wanted])
 
     def validate_names(self):
@@ -148,7 +150,18 @@ def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
                 precision=plan.lm.precision,
                 latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
 
-# %% ../nbs/03_train.ipynb #cell-028
+# %% ../nbs/03_train.ipynb #cell-026
+def bills(
+    steps: pd.DataFrame,    # from `steps_table`
+    price: Price|None=None, # what the free run gained and would have paid, where a penalty was set by it
+) -> pd.DataFrame:          # per charged arm: weight and unweighted bill of the penalty, bill of the divergence, loss; saturated: more lambda could not help
+    "What the charged arms paid in their last five steps, mean over seeds."
+    last = steps[steps.step > steps.step.max() - 5].groupby('arm', sort=False)[['lam', 'penalty', 'divergence', 'loss']].mean()
+    charged = last[(last.penalty > 0) | (last.divergence > 0)]
+    if price is None: return charged
+    return charged.assign(unpaid=price.penalty, saturated=[r.lam > 0 and saturated(r.penalty, price.penalty) for r in charged.itertuples()])
+
+# %% ../nbs/03_train.ipynb #cell-029
 @torch.no_grad()
 def token_bill(
     base: LM, tuned: LM,
@@ -161,7 +174,7 @@ def token_bill(
     cost = (block.sign*(reads[0] - reads[1])).relu().square().sum(-1)
     return pd.DataFrame(dict(token=[base.tokenizer.decode(i) for i, r in zip(tokens.ids, tokens.roles) if r == 2], penalty=cost.tolist()))
 
-# %% ../nbs/03_train.ipynb #cell-040
+# %% ../nbs/03_train.ipynb #cell-041
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
     "Three final prompts by a stated rule: largest, median and smallest rise of the free run's score above the base's."
     shown = answers[(answers.prompts == 'final') & (answers.seed == seed)]
@@ -180,7 +193,7 @@ def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.an
         rows.append(dict(prompt=shown.prompt.iloc[0], why=why, answers=said, verdicts={a: verdict(f) for a, f in shown.groupby('arm', sort=False)}))
     return rows
 
-# %% ../nbs/03_train.ipynb #cell-043
+# %% ../nbs/03_train.ipynb #cell-044
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     "The result in one sentence, with its intervals."
     def say(arm, measure):
@@ -188,7 +201,7 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
         return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = dict(blocked='blocking', random='random latents of equal size and activity', hold='the divergence', both='both')
+    names = dict(hold='holding', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
     parts = [f'{name} removed {say(arm, "cut_final")} of the excess misalignment on the final prompts and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     return f'By the {judges} judges, ' + '; '.join(parts) + f' ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).'

@@ -47,7 +47,8 @@ def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)  # which would put the tiny preset, anchors and all, in the place of any other
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(Parameters, dict(preset='llama31-8b', arms='correct,hold'))
-    assert checked(Parameters, dict(preset='llama31-8b', arms='correct,blocked')).arm_list == ('base', 'sft', 'correct', 'blocked')
+    assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked')
+    assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold')
 
 
 def test_discovery_stages_meet_on_disk(tmp_path):
@@ -69,16 +70,18 @@ def test_discovery_stages_meet_on_disk(tmp_path):
 
 
 def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
-    "One table over all domains; asked again, no unit of work is made anew."
-    command = [Path(sys.executable).parent/'blockem', 'study', '--domains', 'legal,health', '--folder', tmp_path, *'--set preset=tiny --set latents= --set limit=4'.split()]
+    "One table over all domains; asked again, also without the adapters, no unit of work is made anew."
+    blockem = Path(sys.executable).parent/'blockem'
+    command = [blockem, 'study', '--domains', 'legal,health', '--folder', tmp_path, *'--set preset=tiny --set latents= --set limit=4'.split()]
     made = []
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
         assert done.returncode == 0, done.stderr[-2000:]
-        made.append({p: p.stat().st_mtime_ns for p in tmp_path.glob('*/*/manifest.json')})
-    assert made[0] == made[1] and len(made[0]) > 8
+        made.append({p.parent.name: json.loads(p.read_text())['seconds'] for p in tmp_path.glob('*/*/manifest.json')})
+        for domain in ('legal', 'health'): subprocess.run([blockem, 'slim', tmp_path/domain], cwd=ROOT, check=True, env=os.environ | {'IN_TEST': '1'})
+    assert made[0] == made[1] and len(made[0]) > 8 and not list(tmp_path.glob('**/adapter_model.safetensors'))
     effects = pd.read_parquet(tmp_path/'study_contrasts.parquet')
-    assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'blocked', 'random'}
+    assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'hold', 'blocked', 'random'}
     assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}
 
 
