@@ -48,6 +48,7 @@ def _prepare_code(cell, data):
     "Strip directives (`#| echo: false` drops the source) and keep the outputs worth reading."
     echo = 'echo: false' not in DIRECTIVE.findall(cell.source)
     cell.source = DIRECTIVE.sub('', cell.source).strip('\n') if echo else ''
+    if not echo: cell.metadata['transient'] = dict(remove_source=True)  # nbconvert's name for it; an empty source alone leaves an empty box
     cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     for out in cell.outputs:
         if 'data' in out: out.data = data(out.data)
