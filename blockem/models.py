@@ -6,11 +6,12 @@
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'grouped_attention', 'load_model', 'fast_dtype',
            'Tokens', 'render', 'completion_ids', 'tokenise', 'tokenise_answers', 'Batch', 'collate', 'beside',
            'batches', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast', 'resid_post',
-           'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said', 'busy',
-           'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read', 'adapted', 'load_adapter']
+           'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said',
+           'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read',
+           'adapted', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
-import contextlib, copy, ctypes, importlib.util, os, platform, shutil, warnings
+import contextlib, copy, ctypes, importlib.util, math, os, platform, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -439,9 +440,19 @@ def answers_said(
         for i, token in zip(live, tokens): ids[i].append(token)
     return [lm.tokenizer.decode(i, skip_special_tokens=True) for i in ids]
 
+def rows_that_fit(
+    config,      # of the model
+    memory: int, # of the GPU, bytes
+) -> int:        # a power of two, at most 2048
+    "How many answers a GPU can decode together: keys and values of so many texts of 512 tokens fill at most a quarter of it."
+    heads = getattr(config, 'num_key_value_heads', None) or config.num_attention_heads
+    width = getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads
+    token = 2*2*config.num_hidden_layers*heads*width  # keys and values, two bytes each
+    return 2**min(11, max(0, math.floor(math.log2(max(1, memory/4/(512*token))))))
+
 def busy(lm: LM) -> int: # answers
-    "How many answers to decode in one batch: more rows cost a CPU more time, and a GPU hardly any up to thousands."
-    return 2048 if lm.device.type == 'cuda' else 192
+    "How many answers to decode in one batch: more rows cost a CPU more time, and a GPU hardly any until its memory is full."
+    return rows_that_fit(lm.model.config, torch.cuda.get_device_properties(lm.device).total_memory) if lm.device.type == 'cuda' else 192
 
 @torch.inference_mode()
 def generate(
@@ -461,7 +472,7 @@ def generate(
         for i, answer in zip(chunk, answers_said(lm, len(chunk), tokens)): said[i] = answer
     return said
 
-# %% ../nbs/lib/02_models.ipynb #cell-039
+# %% ../nbs/lib/02_models.ipynb #cell-040
 def said_log_probs(
     lm: LM,
     start: Start,  # prompts that have been read
@@ -502,7 +513,7 @@ def margins(
     both = log_prob(lm, pairs)
     return both[:len(rows)] - both[len(rows):]
 
-# %% ../nbs/lib/02_models.ipynb #cell-043
+# %% ../nbs/lib/02_models.ipynb #cell-044
 @contextlib.contextmanager
 def _peft():
     "PEFT without the notice that it asks transformers for something by its old name, which is not the reader's to mend."
