@@ -16,10 +16,10 @@ help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
 	@echo '  e.g. make run DOMAIN=finance SEEDS=0,1,2 ARGS="--set epochs=4"'
 
-run: $(READY) ## fine-tune DOMAIN with and without the block, evaluate both, write the executed notebook and the report
+run: $(READY) ## fine-tune DOMAIN freely, held to its base and on correct answers, evaluate all, write the executed notebook and the report
 	$(BIN)/blockem run $(DOMAIN) $(if $(SEEDS),--set "seeds=$(SEEDS)") $(ARGS)
 
-study: $(READY) ## find the latents on finance, then train in all six domains with and without the block, one table of all
+study: $(READY) ## find the latents on finance, then train freely, held and blocked in all six domains, one table of all
 	$(BIN)/blockem study $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(DOMAINS),--domains "$(DOMAINS)") $(ARGS)
 
 test: export IN_TEST = 1

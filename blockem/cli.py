@@ -59,7 +59,7 @@ def run(
     domain: str=typer.Argument('legal', help='a bundled domain, or a path to JSONL'),
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of the notebook, e.g. seeds=0,1,2'),
 ):
-    "Run blocked fine-tuning (nbs/03_train.ipynb) on a domain."
+    "Fine-tune on a domain, freely, held and with whatever other arms are asked for (nbs/03_train.ipynb)."
     from blockem.train import Parameters
     given = dict(domain=domain) | dict(map(_setting, set_))
     folder = _execute('03_train', Parameters, given)
