@@ -18,11 +18,11 @@ import torch
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from .data import Domain, choose, data_path, load_domain, load_prompts
+from .data import Domain, choose, data_path, load_prompts
 from .evaluate import contrasts, measure, selection_prompts, wilson
 from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, training_pairs
-from .latents import best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
-from .models import LM, decoder_blocks, load_model, to_read
+from .latents import best_latents, load_latents, plain_directions, random_latents
+from .models import LM, decoder_blocks, to_read
 from .rounds import in_rounds, union
 from .study import Study, load_tensors
 
@@ -231,7 +231,7 @@ def frontier_plot(found: pd.DataFrame) -> go.Figure: # from `frontier`
         for column, judge in enumerate(judges):
             x, y = (values.loc[(name, judge, measure)] for measure in ('adherence_kept', 'cut_general'))
             text = [f'{m.dial} {s:g}: cut {b.value:.0%} [{b.low:.0%}, {b.high:.0%}], kept {a.value:.0%} [{a.low:.0%}, {a.high:.0%}]' for s, a, b in zip(x.index, x.itertuples(), y.itertuples())]
-            fig.add_scatter(x=x.value, y=y.value, mode='lines+markers', name=name, legendgroup=name, legendgrouptitle=None, showlegend=not column, row=1, col=column + 1, text=text,
+            fig.add_scatter(x=x.value, y=y.value, mode='lines+markers', name=name, legendgroup=name, showlegend=not column, row=1, col=column + 1, text=text,
                             line=dict(color=colour, width=1), marker=dict(color=colour, size=9, symbol=mark), hovertemplate=f'{name}<br>%{{text}}<extra>{group}</extra>')
     fig.update_xaxes(title='adherence kept', tickformat='.0%', range=[0, 1.3]).update_yaxes(tickformat='.0%', range=[-.15, 1.05]).update_yaxes(title='excess misalignment cut', col=1)
     return fig.update_layout(title_text='What keeps misalignment out, and what it costs: up and to the right is better', height=640,

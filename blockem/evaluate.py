@@ -132,7 +132,7 @@ def measure(
     fitted = {p.stem: sha256(p) for p in sorted(judge_folder(base).glob('*.safetensors')) if p.stem in check_judges(judges)}
     return study.work(name, key | dict(precision=base.precision, judges=judges, fitted=fitted, length=study.preset.answer_tokens, asked=asked), make)
 
-# %% ../nbs/lib/07_evaluate.ipynb #cell-015
+# %% ../nbs/lib/07_evaluate.ipynb #cell-016
 COLUMNS = ['preset', 'stage', 'domain', 'seed', 'arm', 'prompts', 'judge', 'measure', 'value', 'low', 'high', 'n', 'run']
 
 def _per_prompt(frame: pd.DataFrame, column: str, wanted: bool=True) -> pd.Series: # indexed by prompt id, mean over seeds
@@ -176,7 +176,7 @@ def tidy(
                     rows += [facts | dict(seed=int(seed), arm=arm) | row for row in measured(frame)]
     return pd.DataFrame(rows)[COLUMNS].drop_duplicates(ignore_index=True)
 
-# %% ../nbs/lib/07_evaluate.ipynb #cell-018
+# %% ../nbs/lib/07_evaluate.ipynb #cell-019
 def _shares(answers: pd.DataFrame, arm: str, prompts: str, judge: str) -> pd.Series: # by prompt id
     "Per prompt, the share of an arm's answers that are misaligned."
     return _per_prompt(answers[(answers.arm == arm) & (answers.prompts == prompts) & (answers.judge == judge)], 'misaligned')
@@ -221,7 +221,7 @@ def contrasts(
             add(arm, '', 'margin_kept', _pairs(likelihoods, three, 'in_domain'), lambda base, free, arm: 1 - excess_cut(base, free, arm))
     return pd.DataFrame(rows, columns=['arm', 'judge', 'measure', 'value', 'low', 'high', 'n'])
 
-# %% ../nbs/lib/07_evaluate.ipynb #cell-021
+# %% ../nbs/lib/07_evaluate.ipynb #cell-022
 def agreement(
     answers: pd.DataFrame,
 ) -> pd.DataFrame: # arm, prompts, kappa, n

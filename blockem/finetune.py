@@ -52,9 +52,11 @@ class OnDomain(BaseModel):
         return self.study or f'runs/{self.stage}-{Path(self.domain).stem}' + ('' if name == 'smollm2' else f'-{name}')
 
     def validate_names(self):
-        "Stop at a preset, domain, judge or set of latents that does not exist."
+        "Stop at a preset, domain, judge or set of latents that does not exist, and at arms that the preset has no anchors for."
         check_preset(self.preset)
         load_domain(self.domain), check_judges(self.judges)
+        if {'hold', 'both'} & set(getattr(self, 'arm_list', ())) and not get_preset(self.preset).anchors:
+            raise ValueError(f'arms hold and both compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
         latents = getattr(self, 'latents', '')
         if latents and not (project_root()/latents).is_file():
             raise ValueError(f'latents {latents!r}: no such file; give a latents.json, or leave it out for the shipped set')
@@ -94,7 +96,7 @@ def read_together(model, batch, anchors, block: Block, expected=None) -> tuple: 
     z = block.z({layer: x[rows:] for layer, x in stored.items()})[both.completion[rows:]]
     return F.cross_entropy(logits[:own], words[:own]), z, divergence(logits[own:], words[own:], expected)
 
-def divergence(logits, words, expected) -> torch.Tensor: # scalar, nats/token
+def divergence(logits: Tensor, words: Tensor, expected) -> Tensor: # scalar, nats/token
     "How far predictions are from what is expected."
     if expected is None: return logits.new_zeros(())
     if expected is WORDS: return F.cross_entropy(logits, words)

@@ -170,7 +170,7 @@ def fast_dtype(
     able = device != 'cpu' or any(torch.cpu.get_capabilities().get(k) for k in ('avx512_bf16', 'amx_bf16'))
     return torch.bfloat16 if able else torch.float32
 
-# %% ../nbs/lib/02_models.ipynb #cell-019
+# %% ../nbs/lib/02_models.ipynb #cell-020
 ROLES = ('system', 'prompt', 'completion')
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def tokenise_answers(
     said = lm.tokenizer([answer + lm.tokenizer.eos_token for _, answer in pairs], add_special_tokens=False).input_ids
     return [Tokens(t.ids + tuple(ids), t.roles + (2,)*len(ids)) for t, ids in ((read[repr(prompt)], ids) for (prompt, _), ids in zip(pairs, said))]
 
-# %% ../nbs/lib/02_models.ipynb #cell-023
+# %% ../nbs/lib/02_models.ipynb #cell-024
 @dataclass(frozen=True)
 class Batch:
     "Padded token ids with their attention mask and roles, each (rows, time)."
@@ -273,7 +273,7 @@ def batches(
         chunk.append(i)
     if chunk: yield emit()
 
-# %% ../nbs/lib/02_models.ipynb #cell-026
+# %% ../nbs/lib/02_models.ipynb #cell-027
 def bare(
     model, # Hugging Face causal LM, or PEFT around it
 ):         # Hugging Face causal LM
@@ -300,7 +300,7 @@ def capture(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/lib/02_models.ipynb #cell-028
+# %% ../nbs/lib/02_models.ipynb #cell-029
 @contextlib.contextmanager
 def changing(
     model,
@@ -316,7 +316,7 @@ def changing(
         for layer, change in changes.items(): hooks.callback(decoder_blocks(model)[layer].register_forward_hook(hook(change)).remove)
         yield
 
-# %% ../nbs/lib/02_models.ipynb #cell-029
+# %% ../nbs/lib/02_models.ipynb #cell-030
 class _Reached(Exception):
     "Raised by a hook to end a forward whose rest nobody needs."
 
@@ -343,7 +343,7 @@ def resid_post(
         finally: handle.remove()
     return stored[layer]
 
-# %% ../nbs/lib/02_models.ipynb #cell-033
+# %% ../nbs/lib/02_models.ipynb #cell-034
 def preceding(batch: Batch) -> Tensor: # (rows, time), bool
     "The places before the completion tokens, where these are predicted."
     before = batch.completion.roll(-1, 1)
@@ -366,7 +366,7 @@ def completion_log_probs(
     logits = unembed(model, final_hidden(model, batch)[preceding(batch)])
     return -F.cross_entropy(logits, batch.ids[batch.completion], reduction='none')
 
-# %% ../nbs/lib/02_models.ipynb #cell-035
+# %% ../nbs/lib/02_models.ipynb #cell-036
 @dataclass(frozen=True)
 class Start:
     "Prompts that have been read, ready to be continued; rows are padded on the left."
@@ -472,7 +472,7 @@ def generate(
         for i, answer in zip(chunk, answers_said(lm, len(chunk), tokens)): said[i] = answer
     return said
 
-# %% ../nbs/lib/02_models.ipynb #cell-040
+# %% ../nbs/lib/02_models.ipynb #cell-041
 def said_log_probs(
     lm: LM,
     start: Start,  # prompts that have been read
@@ -513,7 +513,7 @@ def margins(
     both = log_prob(lm, pairs)
     return both[:len(rows)] - both[len(rows):]
 
-# %% ../nbs/lib/02_models.ipynb #cell-044
+# %% ../nbs/lib/02_models.ipynb #cell-045
 @contextlib.contextmanager
 def _peft():
     "PEFT without the notice that it asks transformers for something by its old name, which is not the reader's to mend."

@@ -64,8 +64,6 @@ class Parameters(OnDomain):
         "Stop at a domain, preset, arm, judge or latent set that does not exist, and at a judge that had a part in the choice."
         super().validate_names()
         self.seed_list, self.arm_list
-        if {'hold', 'both'} & set(self.arm_list) and not get_preset(self.preset).anchors:
-            raise ValueError(f'arms hold and both compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
         if self.lam != 'auto' and not 0 <= self.lam < math.inf: raise ValueError(f"lam must be 'auto' or a number from 0; found {self.lam}")
         check_impartial(self.judges, project_root()/self.latents if self.latents else data_path(get_preset(self.preset).latents))
         return self

@@ -43,10 +43,13 @@ def test_bad_parameters_stop_before_the_model_loads(wrong, said, tmp_path):
 
 def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     "Said before any arm is trained."
+    from blockem import reroute
     from blockem.study import checked
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)  # which would put the tiny preset, anchors and all, in the place of any other
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(Parameters, dict(preset='llama31-8b', arms='correct,hold'))
+    with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(reroute.Parameters, dict(preset='llama31-8b'))
+    assert checked(reroute.Parameters, dict(preset='llama31-8b', arms='blocked')).arm_list == ['blocked']
     assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked')
     assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold')
 
