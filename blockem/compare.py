@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'METHODS', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'within', 'Trial', 'misalignment_directions',
-           'whole_stream', 'by_attribution', 'train_free', 'train_method', 'said_by', 'tried', 'run', 'incoherent',
-           'frontier', 'frontier_table', 'frontier_plot', 'finding']
+           'whole_stream', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'incoherent', 'frontier',
+           'frontier_table', 'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -19,10 +19,10 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_prompts
-from .evaluate import contrasts, measure, selection_prompts, wilson
-from .finetune import OnDomain, arm_model, auto_lam, seeds_of, train_arm, training_pairs
+from .evaluate import contrasts, selection_prompts, wilson
+from .finetune import OnDomain, said_by, seeds_of, train_arm, train_charged, training_pairs
 from .latents import best_latents, load_latents, plain_directions, random_latents
-from .models import LM, decoder_blocks, to_read
+from .models import LM, decoder_blocks
 from .rounds import in_rounds, union
 from .study import Study, load_tensors
 
@@ -159,15 +159,7 @@ def train_method(t: Trial, name: str, setting: float, seed: int) -> Path: # a fo
     following = (t.lm, pairs, dictionary, latents, t.ranking, load_prompts('core'), free, seed)
     if m.arm == 'union': return union(study, *following, setting)[0]
     if m.arm == 'rounds': return in_rounds(replace(study, preset=replace(study.preset, epochs=max(1, study.preset.epochs//2))), *following, 2)[-1][0]
-    lam = 0. if m.arm == 'hold' else auto_lam(study, t.lm, free, pairs, dictionary, latents).lam(study.preset.ratio)
-    return train_arm(study, t.lm, m.arm, pairs, seed, dictionary, latents, lam, study.preset.hold if m.arm in ('hold', 'both') else 0.)
-
-def said_by(t: Trial, folder: Path|None, seed: int, arm: str) -> tuple: # (answers, likelihoods), with columns arm and seed
-    "What one adapter, or the base, says to the prompts of the selection side."
-    read = lambda: to_read(t.lm) if folder is None else arm_model(t.lm, folder)
-    name, model = ('base', t.study.preset.model) if folder is None else (folder.name.rsplit('-', 1)[0], folder.name)
-    unit = measure(t.study, f'evaluate-{name}', dict(model=model), read, t.lm, selection_prompts(t.domain), t.judges)
-    return tuple(pd.read_parquet(unit/f'{file}.parquet').assign(arm=arm, seed=seed) for file in ('answers', 'likelihoods'))
+    return train_charged(study, t.lm, m.arm, free, pairs, seed, dictionary, latents)
 
 def tried(names) -> list: # of (method, setting)
     "All settings of some methods."
@@ -176,9 +168,10 @@ def tried(names) -> list: # of (method, setting)
 def run(t: Trial, seeds: dict) -> tuple: # (answers, likelihoods); arm is 'base', 'sft' or method and setting
     "Train and ask everything, every method on its seeds; finished work is read back."
     everyone, tables = sorted({s for some in seeds.values() for s in some}), []
-    for seed in everyone: tables += [said_by(t, None, seed, 'base'), said_by(t, train_free(t, seed), seed, 'sft')]
+    def ask(folder, seed, arm): tables.append([said.assign(arm=arm, seed=seed) for said in said_by(t.study, t.lm, folder, selection_prompts(t.domain), t.judges)])
+    for seed in everyone: ask(None, seed, 'base'), ask(train_free(t, seed), seed, 'sft')
     for name, setting, seed in tqdm([(*point, seed) for point in tried(seeds) for seed in seeds[point[0]]], desc='methods', unit='run'):
-        tables.append(said_by(t, train_method(t, name, setting, seed), seed, f'{name} {setting:g}'))
+        ask(train_method(t, name, setting, seed), seed, f'{name} {setting:g}')
     return tuple(pd.concat(some, ignore_index=True) for some in zip(*tables))
 
 # %% ../nbs/05_compare.ipynb #cell-018

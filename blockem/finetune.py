@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'OnDomain', 'losses', '
            'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint', 'Charge',
            'copy_adapter', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
            'anchor_pairs', 'anchors_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model', 'auto_lam',
-           'bench']
+           'train_charged', 'said_by', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, time
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Domain, general_pairs, load_domain, load_prompts, project_root, sha256
+from .evaluate import measure
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
 from .models import LM, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, unembed
@@ -340,7 +342,41 @@ def auto_lam(
     units = study.work('gain', dict(free=run, rows=GAIN_ROWS), gain), study.work('due', dict(free=run) | key, due)
     return Price(*[json.loads((unit/'value.json').read_text()) for unit in units])
 
+def train_charged(
+    study: Study,
+    lm: LM,
+    arm: str,        # pays by the anchors' divergence as `hold`, by that and by latents as `both`, under any other name by latents
+    free: Path,      # the free arm, which sets the price
+    pairs: list, seed: int,
+    dictionary, latents: LatentSet,
+    lam='auto',      # or a number
+    at: str='adapter', # where the free arm is priced, or a kept one, 'at-<steps>'
+    keep: tuple=(), start: Path=None, # as for `train_arm`
+) -> Path:
+    "Train one charged arm, once."
+    if arm == 'hold': lam = 0.
+    elif lam == 'auto': lam = auto_lam(study, lm, free, pairs, dictionary, latents, at).lam(study.preset.ratio)
+    hold = study.preset.hold if arm in ('hold', 'both') else 0.
+    return train_arm(study, lm, arm, pairs, seed, dictionary, latents, float(lam), hold, keep, start)
+
+
 # %% ../nbs/lib/15_finetune.ipynb #cell-028
+def said_by(
+    study: Study,
+    base: LM,
+    folder: Path|None, # from `train_arm`; None is the base
+    sets: dict,        # name -> rows
+    judges: str,       # e.g. 'lexical,probe'
+    at: str='adapter', # or one that was kept, 'at-<steps>'
+) -> tuple:            # (answers, likelihoods), as `measure` writes them
+    "What a trained arm, or the base, says to some prompts; asked once."
+    name, run = ('base', study.preset.model) if folder is None else (folder.name.rsplit('-', 1)[0], folder.name if at == 'adapter' else f'{folder.name}/{at}')
+    read = lambda: to_read(base) if folder is None else arm_model(base, folder, at)
+    unit = measure(study, f'evaluate-{name}', dict(model=run), read, base, sets, judges)
+    return tuple(pd.read_parquet(unit/f'{table}.parquet') for table in ('answers', 'likelihoods'))
+
+
+# %% ../nbs/lib/15_finetune.ipynb #cell-031
 def _stepper(lm: LM, preset, items: list, charge: Charge=None): # () -> seconds
     "A function that takes one training step and says how long it took."
     model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer)

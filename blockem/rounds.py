@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from .evaluate import write_table
-from .finetune import arm_model, auto_lam, latents_id, train_arm
+from .finetune import arm_model, latents_id, train_charged
 from .latents import Dictionary, LatentSet, attribution, set_of, sparse
 from .models import LM, batches, resid_post, to_read, tokenise
 from .study import Study, fingerprint
@@ -69,8 +69,7 @@ def in_rounds(
     "Train, diagnose, add what takes over, go on; ends early when nothing does."
     done, start = [], None
     for n in range(rounds):
-        lam = auto_lam(study, lm, free, pairs, dictionary, latents).lam(study.preset.ratio)
-        start = train_arm(study, lm, f'round{n + 1}', pairs, seed, dictionary, latents, lam, start=start)
+        start = train_charged(study, lm, f'round{n + 1}', free, pairs, seed, dictionary, latents, start=start)
         done.append((start, latents))
         wider = with_new(latents, newcomers(study, lm, start, dictionary, latents, rows), ranking, len(latents))
         if len(wider) == len(latents): break
@@ -88,6 +87,6 @@ def union(
     seed: int, most: int,    # how many that took over are added at most
 ) -> tuple:                  # (folder, the set that it was charged for)
     "Train, diagnose, and train again from the beginning with K and what took over."
-    priced = lambda some: train_arm(study, lm, 'blocked', pairs, seed, dictionary, some, auto_lam(study, lm, free, pairs, dictionary, some).lam(study.preset.ratio))
+    priced = lambda some: train_charged(study, lm, 'blocked', free, pairs, seed, dictionary, some)
     wider = with_new(latents, newcomers(study, lm, priced(latents), dictionary, latents, rows), ranking, most)
     return priced(wider), wider
