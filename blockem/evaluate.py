@@ -82,10 +82,9 @@ def graded_once(
 ) -> pd.DataFrame:         # as `graded`
     "`graded`, remembered in the study where the judge's weights say which judge it was."
     if not getattr(judge, 'tensors', None): return graded(answers, judge)
-    def make(folder): write_table(graded(answers, judge).drop(columns=answers.columns), folder/'verdicts.parquet')
     key = dict(judge=judge.name, weights=digest({k: torch.as_tensor(v) for k, v in judge.tensors.items()}), precision=judge.lm.precision if hasattr(judge, 'lm') else '',
                said=fingerprint({name: answers[name].tolist() for name in ('prompt', 'answer')}))
-    return pd.concat([answers.reset_index(drop=True), pd.read_parquet(study.work('verdicts', key, make)/'verdicts.parquet')], axis=1)
+    return pd.concat([answers.reset_index(drop=True), study.table('verdicts', key, lambda: graded(answers, judge).drop(columns=answers.columns))], axis=1)
 
 def judged_answers(
     lm: LM,

@@ -22,7 +22,6 @@ from .evaluate import bootstrap, excess_cut, kept, paired_shares, wilson
 from .finetune import OnDomain, seeds_of, train_arm, train_charged
 from .latents import Dictionary, LatentSet, encode, reconstruct
 from .models import LM, batches, margins, resid_post, tokenise
-from .rounds import mean_codes
 from .steer import pushing
 from .study import Study
 
@@ -248,16 +247,14 @@ def verdicts(
 
 # %% ../nbs/04_reroute.ipynb #cell-047
 def streams(
-    base: LM, models: dict, # name -> LM to read from, in order
-    dictionary: Dictionary,
+    codes: dict,            # name -> mean activation of every latent, the base first, then the runs in order
     groups: dict,           # name -> indices of latents
-    texts: list,
     gradient: torch.Tensor, # of the margin per latent, (latents,)
-) -> pd.DataFrame:          # one row per model, one column per group: contribution to incorrect answers, first order
-    "Through which groups of latents each model prefers incorrect answers."
-    _, origin = mean_codes(base, dictionary, texts)
-    worth = {name: ((mean_codes(lm, dictionary, texts)[1] - origin)*gradient).clamp(min=0) for name, lm in models.items()}
-    named = torch.zeros(len(dictionary), dtype=torch.bool)
+) -> pd.DataFrame:          # one row per run, one column per group: contribution to incorrect answers, first order
+    "Through which groups of latents each run prefers incorrect answers."
+    (_, origin), *runs = codes.items()
+    worth = {name: ((z - origin)*gradient).clamp(min=0) for name, z in runs}
+    named = torch.zeros(len(gradient), dtype=torch.bool)
     for index in groups.values(): named[index] = True
     rest = {'never blocked': (~named).nonzero()[:, 0].tolist()}
     return pd.DataFrame({group: {name: w[index].sum().item() for name, w in worth.items()} for group, index in (groups | rest).items()})

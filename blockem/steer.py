@@ -18,7 +18,7 @@ from .data import choose, load_prompts
 from .latents import Dictionary, load_dictionary, weights_id
 from .models import (LM, answers_said, batches, busy, changing, decoder_blocks, generate, load_model, prefill, render, resid_post,
                             to_read, tokenise, tokens_said)
-from .study import Study, clock, fingerprint, get_preset, time_paired, writing
+from .study import Study, clock, fingerprint, get_preset, time_paired
 
 # %% ../nbs/lib/04_steer.ipynb #cell-005
 WHERE = ('response', 'all')  # which tokens are pushed: the answer's own, or the prompt's as well
@@ -154,15 +154,14 @@ def steered_answers(
     tables, length, part = [], study.preset.answer_tokens, part or max(8, busy(lm)//len(rows))
     same = dict(weights=weights_id(lm.model), precision=lm.precision, dictionary=dictionary.sha256, prompts=fingerprint(dict(rows=[r.messages for r in rows])),
                 scale=scale, where=where, length=length)
+    def say(chosen):
+        latents = sorted({latent for latent, _ in chosen})
+        steering = Steering.of(dictionary, latents, scale, where)
+        said = steered(lm, steering, [r.messages for r in rows], [(latents.index(latent), alpha) for latent, alpha in chosen], length)
+        return pd.DataFrame([dict(latent=latent, alpha=alpha, id=r.id, prompt=r.prompt, answer=a) for (latent, alpha), answers in zip(chosen, said) for r, a in zip(rows, answers)])
     for first in tqdm(range(0, len(conditions), part), desc=name, unit='part', disable=len(conditions) <= part):
         chosen = conditions[first:first + part]
-        def make(folder):
-            latents = sorted({latent for latent, _ in chosen})
-            steering = Steering.of(dictionary, latents, scale, where)
-            said = steered(lm, steering, [r.messages for r in rows], [(latents.index(latent), alpha) for latent, alpha in chosen], length)
-            facts = [dict(latent=latent, alpha=alpha, id=r.id, prompt=r.prompt, answer=a) for (latent, alpha), answers in zip(chosen, said) for r, a in zip(rows, answers)]
-            with writing(folder/'answers.parquet') as p: pd.DataFrame(facts).to_parquet(p, index=False)
-        tables.append(pd.read_parquet(study.work(name, same | dict(conditions=chosen), make)/'answers.parquet'))
+        tables.append(study.table(name, same | dict(conditions=chosen), lambda: say(chosen)))
     return pd.concat(tables, ignore_index=True)
 
 # %% ../nbs/lib/04_steer.ipynb #cell-025

@@ -248,6 +248,18 @@ class Study:
                 write_manifest(folder, parameters, seconds=round(time.time() - start, 1))
         return folder
 
+    def table(self,
+        name: str,
+        parameters: dict, # everything that determines it
+        compute,          # () -> DataFrame
+    ):                    # DataFrame
+        "A unit of work that is one table: read back, and computed only where it is not there."
+        import pandas as pd
+        def make(folder):
+            with writing(folder/f'{name}.parquet') as p: compute().to_parquet(p, index=False)
+        [found] = self.work(name, parameters, make).glob('*.parquet')
+        return pd.read_parquet(found)
+
     def offer(self,
         unit: Path,  # a finished unit of work
         *names: str, # of its files
