@@ -88,6 +88,17 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
     assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}
 
 
+def test_rerouting_is_read_again_without_its_adapters(tmp_path):
+    "A slimmed study of long runs shows the same notebook; nothing is trained, patched or asked anew."
+    made = []
+    for out in ('first', 'second'):
+        done = _papermill(ROOT, 'nbs/04_reroute.ipynb', tmp_path/f'{out}.ipynb', study=tmp_path/'study', limit=4, times=2)
+        assert done.returncode == 0, done.stderr[-2000:]
+        made.append({p.parent.name: json.loads(p.read_text())['seconds'] for p in (tmp_path/'study').glob('*/manifest.json')})
+        subprocess.run([Path(sys.executable).parent/'blockem', 'slim', tmp_path/'study'], cwd=ROOT, check=True, env=os.environ | {'IN_TEST': '1'})
+    assert made[0] == made[1] and {name.rsplit('-', 1)[0] for name in made[0]} >= {'drift', 'pushes', 'codes', 'gradient', 'patching', 'spoken', 'by-block', 'newcomers', 'round1-s0'}
+
+
 def test_detect_reads_an_adapter_or_says_that_it_cannot(tmp_path):
     "The reference that 06_directions wrote reads its own organism; what does not fit, or is not there, stops with a reason."
     from safetensors.torch import load_file, save_file
