@@ -20,9 +20,9 @@ from .data import choose
 from .evaluate import bootstrap, graded_once, wilson
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, LatentSet, digest, set_of
-from .models import LM, busy
+from .models import LM
 from .study import Discovery, Study
-from .steer import WHERE, steered_answers
+from .steer import WHERE, answers_per_unit, steered_answers
 
 # %% ../nbs/02_alpha.ipynb #cell-006
 RULES = ('repair', 'score')
@@ -68,7 +68,7 @@ def calibrate(
     for side, lm, way in (('induce', base, 1), ('repair', tuned, -1)):
         answer = lambda name, asked: graded_once(study, steered_answers(study, name, lm, dictionary, rows, asked, scale, where), judge).assign(side=side)
         tables.append(answer(f'{side}-alone', [(0, 0.)]).assign(latent=-1))
-        width = max(1, busy(lm)//(TOGETHER*len(rows)))  # latents per unit of work
+        width = max(1, answers_per_unit(study, lm)//(TOGETHER*len(rows)))  # latents per unit of work
         for at in tqdm(range(0, len(signs), width), desc=f'{name}, {side}', unit='unit'):
             going = list(signs.items())[at:at + width]
             for first in range(0, len(alphas), TOGETHER):
