@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED', 'LOOKS', 'Parameters', 'looks', 'long_runs', 'look', 'course', 'crossing', 'falls_below', 'course_plot',
-           'drift', 'still_steers', 'split', 'workers', 'overlap', 'jump', 'patching_plot', 'verdicts', 'streams',
-           'river']
+           'at_fewer', 'drift', 'still_steers', 'split', 'workers', 'overlap', 'jump', 'patching_plot', 'verdicts',
+           'streams', 'river']
 
 # %% ../nbs/04_reroute.ipynb #cell-003
 from pathlib import Path
@@ -145,6 +145,21 @@ def course_plot(found: pd.DataFrame) -> go.Figure: # from `course`, with a colum
 
 
 # %% ../nbs/04_reroute.ipynb #cell-024
+def at_fewer(
+    answers: pd.DataFrame, # as `look` gives them
+    arms: list,
+    sizes: tuple=(10, 20, 40),
+    draws: int=2000,
+) -> pd.DataFrame:         # arm, judge, n, low, high: where 95 % of the cuts lie
+    "Between what the cut would scatter if it were read on so few prompts, drawn from those that were asked."
+    draw, rows = np.random.default_rng(0), []
+    for arm in arms:
+        for judge in sorted(answers.judge.unique()):
+            shares = paired_shares(answers, ['base', 'sft', arm], 'final', judge)
+            for n in sizes: rows.append((arm, judge, n, *np.nanpercentile([excess_cut(*shares[:, draw.integers(0, shares.shape[1], n)]) for _ in range(draws)], [2.5, 97.5])))
+    return pd.DataFrame(rows, columns=['arm', 'judge', 'n', 'low', 'high'])
+
+# %% ../nbs/04_reroute.ipynb #cell-028
 @torch.no_grad()
 def drift(
     base: LM, tuned: LM, # to read from
@@ -177,7 +192,7 @@ def still_steers(
     with pushing(lm.model, dictionary.layer, alpha*scale*joint/joint.norm()): pushed = margins(lm, rows)
     return pushed - margins(lm, rows)
 
-# %% ../nbs/04_reroute.ipynb #cell-028
+# %% ../nbs/04_reroute.ipynb #cell-032
 def split(
     moved: torch.Tensor,  # mean movement of the residual stream, (width,)
     codes: torch.Tensor,  # mean movement of every latent, (latents,)
@@ -190,7 +205,7 @@ def split(
     K, others = along((codes*inside) @ W), along((codes*~inside) @ W)
     return {'length': moved.norm().item(), 'K': K, 'other latents': others, 'outside the dictionary': 1 - K - others}
 
-# %% ../nbs/04_reroute.ipynb #cell-032
+# %% ../nbs/04_reroute.ipynb #cell-036
 def workers(
     movement: dict,          # name -> (mean movement, movement per latent)
     gradient: torch.Tensor,  # of the margin per latent, (latents,)
@@ -204,7 +219,7 @@ def overlap(work: pd.DataFrame, one: str, other: str, top: int=40) -> int:
     "How many of the strongest of one run are among those of another."
     return len(set(work[one].nlargest(top).index) & set(work[other].nlargest(top).index))
 
-# %% ../nbs/04_reroute.ipynb #cell-035
+# %% ../nbs/04_reroute.ipynb #cell-039
 def jump(
     moved: pd.DataFrame, # from `patched_margins`, one way, all kinds of tokens
     tokens: str,
@@ -216,7 +231,7 @@ def jump(
     whole = abs(ends.iloc[-1] - ends.iloc[0])
     return int(steps.idxmax()), float(steps.max()/whole) if whole else np.nan
 
-# %% ../nbs/04_reroute.ipynb #cell-037
+# %% ../nbs/04_reroute.ipynb #cell-041
 def patching_plot(
     patched: pd.DataFrame, # columns way, tokens, layer, value
     said: dict={},         # (tokens, layer) -> an answer to show on hover
@@ -230,7 +245,7 @@ def patching_plot(
     fig.update_xaxes(title='after block').update_yaxes(title='tokens patched')
     return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text=f'{patched.id.nunique()} prompts; 100 % is the base')
 
-# %% ../nbs/04_reroute.ipynb #cell-042
+# %% ../nbs/04_reroute.ipynb #cell-046
 def verdicts(
     drifted: pd.DataFrame, pushes: pd.DataFrame, shares: pd.DataFrame, summary: pd.DataFrame, jumps: dict, # from the cells above
     layer: int,                                                                                             # the dictionary's
@@ -245,7 +260,7 @@ def verdicts(
             f'{s["outside the dictionary"]:.0%} outside the dictionary; of what moved towards incorrect answers to first order, {w["by others"]/max(w["by others"] + w["by K"], 1e-12):.0%} went through latents outside K.',
             f'**H3, a detour behind the layer**: {"supported" if place > layer else "not supported"}. The largest step, {share:.0%} of the way back to the base, comes with the states after block {place}; the dictionary reads block {layer}.']
 
-# %% ../nbs/04_reroute.ipynb #cell-047
+# %% ../nbs/04_reroute.ipynb #cell-051
 def streams(
     codes: dict,            # name -> mean activation of every latent, the base first, then the runs in order
     groups: dict,           # name -> indices of latents
