@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED', 'LOOKS', 'Parameters', 'looks', 'long_runs', 'look', 'course', 'crossing', 'falls_below', 'course_plot',
-           'at_fewer', 'drift', 'still_steers', 'split', 'workers', 'overlap', 'jump', 'patching_plot', 'verdicts',
-           'streams', 'river']
+           'at_fewer', 'drift', 'still_steers', 'split', 'workers', 'overlap', 'jump', 'whole_way', 'patching_plot',
+           'verdicts', 'streams', 'river']
 
 # %% ../nbs/04_reroute.ipynb #cell-003
 from pathlib import Path
@@ -33,6 +33,7 @@ class Parameters(OnDomain):
     stage = 'reroute'
     seeds: str|int = '0'
     times: int = Field(10, ge=1)
+    rounds: int = Field(2, ge=1)
     arms: str = 'blocked,hold'
     latents: str = ''
 
@@ -231,7 +232,15 @@ def jump(
     whole = abs(ends.iloc[-1] - ends.iloc[0])
     return int(steps.idxmax()), float(steps.max()/whole) if whole else np.nan
 
-# %% ../nbs/04_reroute.ipynb #cell-041
+def whole_way(
+    patched: pd.DataFrame, # from `patched_margins`, repaired, all tokens among them
+) -> tuple:                # (value, low, high), nats per token
+    "How much more the host prefers incorrect answers than the donor, over prompts."
+    wide = patched[(patched.way == 'repaired') & (patched.tokens == 'all')].pivot(index='id', columns='layer', values='value')
+    return bootstrap((wide[-1] - wide[wide.columns.max()]).to_numpy())
+
+
+# %% ../nbs/04_reroute.ipynb #cell-042
 def patching_plot(
     patched: pd.DataFrame, # columns way, tokens, layer, value
     said: dict={},         # (tokens, layer) -> an answer to show on hover
@@ -245,9 +254,10 @@ def patching_plot(
     fig.update_xaxes(title='after block').update_yaxes(title='tokens patched')
     return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text=f'{patched.id.nunique()} prompts; 100 % is the base')
 
-# %% ../nbs/04_reroute.ipynb #cell-046
+# %% ../nbs/04_reroute.ipynb #cell-047
 def verdicts(
     drifted: pd.DataFrame, pushes: pd.DataFrame, shares: pd.DataFrame, summary: pd.DataFrame, jumps: dict, # from the cells above
+    way: tuple,                                                                                             # from `whole_way`
     layer: int,                                                                                             # the dictionary's
 ) -> list:                                                                                                  # of str, one sentence per hypothesis
     "What each measurement says of the hypothesis it was made for."
@@ -256,11 +266,13 @@ def verdicts(
     place, share = jumps['repaired, all']
     return [f'**H1, drift**: {"supported" if lost > .1 or d.correlation < .8 else "not supported"}. The dictionary explains {d["explained, tuned"]:.0%} of the variance in the blocked run ({d["explained, base"]:.0%} in the base); '
             f'the latents of K correlate {d.correlation:.2f} with the base on the same text, and pushing them moves the margin by {pushes.value["blocked"]:+.2f} nats per token ({pushes.value["base"]:+.2f} in the base).',
-            f'**H2, other directions at the layer**: {"supported" if s["other latents"] > s["K"] and w["by others"] > w["by K"] else "not supported"}. Of the movement at the layer {s["K"]:.0%} lies in K, {s["other latents"]:.0%} in other latents and '
+            f'**H2, other directions at the layer**: {"supported" if s["K"] < .5 and w["by others"] > w["by K"] else "not supported"}. Of the movement at the layer {s["K"]:.0%} lies in K, {s["other latents"]:.0%} in other latents and '
             f'{s["outside the dictionary"]:.0%} outside the dictionary; of what moved towards incorrect answers to first order, {w["by others"]/max(w["by others"] + w["by K"], 1e-12):.0%} went through latents outside K.',
-            f'**H3, a detour behind the layer**: {"supported" if place > layer else "not supported"}. The largest step, {share:.0%} of the way back to the base, comes with the states after block {place}; the dictionary reads block {layer}.']
+            f'**H3, a detour behind the layer**: {"cannot be told" if way[1] <= 0 else "supported" if place > layer else "not supported"}. The blocked run prefers incorrect answers by {way[0]:+.3f} [{way[1]:+.3f}, {way[2]:+.3f}] nats per token more than the base'
+            + (f'; the largest step back, {share:.0%} of the way, comes with the states after block {place}, and the dictionary reads block {layer}.' if way[1] > 0 else ', too little for states put back to show where it comes from.')]
 
-# %% ../nbs/04_reroute.ipynb #cell-051
+
+# %% ../nbs/04_reroute.ipynb #cell-052
 def streams(
     codes: dict,            # name -> mean activation of every latent, the base first, then the runs in order
     groups: dict,           # name -> indices of latents
