@@ -272,7 +272,7 @@ def verdicts(
             + (f'; the largest step back, {share:.0%} of the way, comes with the states after block {place}, and the dictionary reads block {layer}.' if way[1] > 0 else ', too little for states put back to show where it comes from.')]
 
 
-# %% ../nbs/04_reroute.ipynb #cell-052
+# %% ../nbs/04_reroute.ipynb #cell-053
 def streams(
     codes: dict,            # name -> mean activation of every latent, the base first, then the runs in order
     groups: dict,           # name -> indices of latents
