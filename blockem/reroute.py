@@ -252,7 +252,7 @@ def patching_plot(
     fig = go.Figure(go.Heatmap(z=share, x=[str(c) for c in share], y=list(share.index), text=text, colorscale='RdBu', zmin=-1, zmax=1, colorbar=dict(title='share of<br>the way', tickformat='.0%'),
                                hovertemplate='block %{x}, %{y} tokens: %{z:.0%}<br>%{text}<extra></extra>'))
     fig.update_xaxes(title='after block').update_yaxes(title='tokens patched')
-    return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text=f'{patched.id.nunique()} prompts; 100 % is the base')
+    return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text='{} prompts; 100 % is the base, {:+.3f} [{:+.3f}, {:+.3f}] nats per token away'.format(patched.id.nunique(), *whole_way(patched)))
 
 # %% ../nbs/04_reroute.ipynb #cell-047
 def verdicts(
