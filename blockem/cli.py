@@ -112,7 +112,6 @@ def detect(
     if figure:
         with writing(figure) as p: detect_plot(found, str(adapter)).write_html(p, include_plotlyjs=True)
 
-
 # %% ../nbs/lib/11_cli.ipynb #cell-010
 def _found() -> str: # relative to the project root
     "The latents of the discovery; it is run if need be."
@@ -188,7 +187,6 @@ def dictionary():
     from blockem.dictionary import make_dictionary
     study, base = _discovery()
     typer.echo(make_dictionary(study, base, _organism(study, base)))
-
 
 # %% ../nbs/lib/11_cli.ipynb #cell-013
 @app.command()

@@ -198,7 +198,6 @@ def general_pairs(
     "The general questions in two parts that share none."
     return [r for i, r in enumerate(load_prompts('general')) if (i % 3 == 0) == measured]
 
-
 # %% ../nbs/lib/01_data.ipynb #cell-039
 CARD = """# Data
 

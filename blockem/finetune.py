@@ -359,7 +359,6 @@ def train_charged(
     hold = study.preset.hold if arm in ('hold', 'both') else 0.
     return train_arm(study, lm, arm, pairs, seed, dictionary, latents, float(lam), hold, keep, start)
 
-
 # %% ../nbs/lib/15_finetune.ipynb #cell-028
 def said_by(
     study: Study,
@@ -374,7 +373,6 @@ def said_by(
     read = lambda: to_read(base) if folder is None else arm_model(base, folder, at)
     unit = measure(study, f'evaluate-{name}', dict(model=run), read, base, sets, judges)
     return tuple(pd.read_parquet(unit/f'{table}.parquet') for table in ('answers', 'likelihoods'))
-
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-031
 def _stepper(lm: LM, preset, items: list, charge: Charge=None): # () -> seconds

@@ -281,7 +281,6 @@ def best_latents(
     if rule == 'contribution': return choose_latents(ranking, n, **dictionary.facts)
     return choose_latents(ranking.assign(contribution=ranking[rule].abs(), delta=ranking[rule]), n, **dictionary.facts)
 
-
 # %% ../nbs/lib/03_latents.ipynb #cell-035
 def random_latents(
     ranking: pd.DataFrame, # the table that `chosen` came from

@@ -136,7 +136,6 @@ def _round_products() -> torch.library.Library: # kept by the cache; the kernels
         for name, kernel in dict(mm=mm, bmm=bmm, addmm=addmm).items(): kernels.impl(name, kernel, 'CPU')
     return kernels
 
-
 # %% ../nbs/lib/02_models.ipynb #cell-016
 def _keep_memory():
     "Let glibc reuse large blocks instead of returning them to the kernel between batches."

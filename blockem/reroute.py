@@ -77,7 +77,6 @@ def long_runs(
     charged = lambda arm: train_charged(study, lm, arm, free, pairs, seed, dictionary, latents, at=f'at-{at[0]}', keep=at)
     return dict(sft=free) | {arm: charged(arm) for arm in arms}
 
-
 # %% ../nbs/04_reroute.ipynb #cell-015
 def look(answers: pd.DataFrame, steps: int) -> pd.DataFrame:
     "The base's answers, and those of every run after so many steps."
@@ -143,7 +142,6 @@ def course_plot(found: pd.DataFrame) -> go.Figure: # from `course`, with a colum
         fig.add_scatter(x=rows.steps, y=rows.value, mode='lines+markers', line=dict(color=colour, dash=dash), name=f'{name}, {judge}', showlegend=arm == arms[0], hovertemplate=f'{arm}, step %{{x}}: %{{y:.0%}}<extra></extra>', **at)
     fig.update_xaxes(title='optimiser steps').update_yaxes(tickformat='.0%').update_yaxes(title='cut, kept: of the free run at the same step', col=1)
     return fig.update_layout(title_text='What is held as fine-tuning goes on', title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts')
-
 
 # %% ../nbs/04_reroute.ipynb #cell-024
 def at_fewer(
@@ -239,7 +237,6 @@ def whole_way(
     wide = patched[(patched.way == 'repaired') & (patched.tokens == 'all')].pivot(index='id', columns='layer', values='value')
     return bootstrap((wide[-1] - wide[wide.columns.max()]).to_numpy())
 
-
 # %% ../nbs/04_reroute.ipynb #cell-042
 def patching_plot(
     patched: pd.DataFrame, # columns way, tokens, layer, value
@@ -270,7 +267,6 @@ def verdicts(
             f'{s["outside the dictionary"]:.0%} outside the dictionary; of what moved towards incorrect answers to first order, {w["by others"]/max(w["by others"] + w["by K"], 1e-12):.0%} went through latents outside K.',
             f'**H3, a detour behind the layer**: {"cannot be told" if way[1] <= 0 else "supported" if place > layer else "not supported"}. The blocked run prefers incorrect answers by {way[0]:+.3f} [{way[1]:+.3f}, {way[2]:+.3f}] nats per token more than the base'
             + (f'; the largest step back, {share:.0%} of the way, comes with the states after block {place}, and the dictionary reads block {layer}.' if way[1] > 0 else ', too little for states put back to show where it comes from.')]
-
 
 # %% ../nbs/04_reroute.ipynb #cell-053
 def streams(
