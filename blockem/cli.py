@@ -282,7 +282,9 @@ def publish(
     stages, pooled = sorted(study.glob('[0-9][0-9]_*.ipynb')), study/'study.parquet'
     if not stages and not pooled.is_file(): raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
     for executed in stages: take_outputs(executed, project_root()/'nbs'/executed.name)
-    if (study/'02_alpha.ipynb') in stages: _publish_latents(study)
+    if (study/'02_alpha.ipynb') in stages:
+        _publish_latents(study)
+        _publish_table(study/'joint.parquet', '02_joint.parquet')
     if (study/'03_train.ipynb') in stages: _publish_run(study)
     if (study/'04_reroute.ipynb') in stages: _publish_table(study/'course.parquet', '04_course.parquet')
     if (study/'05_compare.ipynb') in stages: _publish_table(study/'frontier.parquet', '05_frontier.parquet')
