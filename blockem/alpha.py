@@ -200,7 +200,7 @@ def set_from(
     latents = set_of(ranking, chosen.sign.astype(int).to_dict(), **facts)
     return replace(latents, table=latents.table.assign(score=chosen.repair.to_numpy()))
 
-# %% ../nbs/02_alpha.ipynb #cell-040
+# %% ../nbs/02_alpha.ipynb #cell-042
 def finding(table: pd.DataFrame, chosen: pd.DataFrame, joint: pd.DataFrame, budget: float) -> str: # Markdown
     "What the calibration found, in words."
     say = lambda row, side: f'{row[side]:.0%} [{row[f"{side}_low"]:.0%}, {row[f"{side}_high"]:.0%}]'
