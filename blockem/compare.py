@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'METHODS', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'within', 'Trial', 'misalignment_directions',
-           'whole_stream', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'incoherent', 'frontier',
-           'frontier_table', 'frontier_plot', 'finding']
+           'whole_stream', 'left_over', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'incoherent',
+           'frontier', 'frontier_table', 'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .data import Domain, choose, data_path, load_prompts
 from .evaluate import contrasts, selection_prompts, wilson
 from .finetune import OnDomain, said_by, seeds_of, train_arm, train_charged, training_pairs
-from .latents import best_latents, load_latents, plain_directions, random_latents
+from .latents import Dictionary, best_latents, load_latents, plain_directions, random_latents
 from .models import LM, decoder_blocks
 from .rounds import in_rounds, union
 from .study import Study, load_tensors
@@ -56,6 +56,8 @@ METHODS = {
     'direction': Method('the direction of misalignment after every block', 'ratio', _ratios, by='directions'),
     'stream': Method("all that the dictionary's block hands on", 'ratio', _ratios, by='stream'),
     'streams': Method('all that every sixth block hands on', 'ratio', _ratios, by='streams'),
+    'outside': Method('all that the dictionary leaves over', 'ratio', _ratios, by='outside'),
+    'mean shift': Method('the mean shift of all that every sixth block hands on', 'ratio', _ratios, by='streams', changes=dict(drift='mean')),
     'hold': Method('divergence from the base on anchors', 'hold', _weights, 'hold'),
     'wide hold': Method('divergence on more anchors', 'hold', (*_weights, 3.), 'hold', changes=_wide),
     'own words': Method("divergence on more anchors, on the base's own answers", 'hold', _weights, 'hold', changes=_own),
@@ -107,7 +109,7 @@ class Trial:
     study: Study
     lm: LM
     domain: Domain        # from `within`
-    dictionary: object
+    dictionary: Dictionary
     ranking: pd.DataFrame # of all latents
     judges: str = 'lexical,probe'
     limit: int = 0
@@ -129,6 +131,10 @@ def whole_stream(lm: LM, layers: list) -> tuple: # (dictionary, latents)
     axes = torch.eye(lm.model.config.hidden_size, device=lm.device)
     return plain_directions({layer: axes for layer in layers}, f'stream after {layers}', both=True)
 
+def left_over(lm: LM, dictionary: Dictionary) -> tuple: # (dictionary, latents)
+    "Every coordinate of what a dictionary does not describe, priced either way."
+    return plain_directions({dictionary.layer: torch.eye(lm.model.config.hidden_size, device=lm.device)}, f'outside {dictionary.name}', both=True, outside=dictionary)
+
 def by_attribution(preset) -> str: # for `load_latents` and `load_ranking`
     "The set that ships beside the dictionary, with the ranking of all latents."
     return 'tiny' if preset.dictionary == 'tiny' else f'{preset.dictionary}/latents.json'
@@ -142,6 +148,7 @@ CHOSEN = dict(  # how -> (trial, number, seed) -> (dictionary, latents)
     contribution=_latents_of(_best), random=_latents_of(lambda t, n, seed: random_latents(t.ranking, _best(t, n, seed), seed)),
     directions=lambda t, n, seed: misalignment_directions(data_path('directions', f'{t.lm.name}.safetensors'), t.lm, t.dictionary.layer),
     stream=lambda t, n, seed: whole_stream(t.lm, [t.dictionary.layer]),
+    outside=lambda t, n, seed: left_over(t.lm, t.dictionary),
     streams=lambda t, n, seed: whole_stream(t.lm, list(range(5, len(decoder_blocks(t.lm.model)), 6)) or [0]))
 
 # %% ../nbs/05_compare.ipynb #cell-015
@@ -210,7 +217,7 @@ def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per 
 
 # %% ../nbs/05_compare.ipynb #cell-021
 STYLE = dict(sft=('#7F7F7F', 'controls'), blocked=('#0072B2', 'latents'), union=('#009E73', 'latents, followed'), rounds=('#009E73', 'latents, followed'), hold=('#D55E00', 'divergence'), both=('#CC79A7', 'both'))
-MARKS = ('circle', 'square', 'diamond', 'cross', 'x', 'triangle-up', 'star', 'triangle-down', 'hexagon', 'pentagon', 'bowtie')
+MARKS = ('circle', 'square', 'diamond', 'cross', 'x', 'triangle-up', 'star', 'triangle-down', 'hexagon', 'pentagon', 'bowtie', 'hexagram', 'hourglass')
 
 def frontier_plot(found: pd.DataFrame) -> go.Figure: # from `frontier`
     "A line per method through the settings of its dial: the task kept against the misalignment cut, one panel per judge."

@@ -6,8 +6,8 @@
 __all__ = ['WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'OnDomain', 'losses', 'read_apart', 'read_together', 'divergence',
            'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint', 'Charge',
            'copy_adapter', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
-           'anchor_pairs', 'anchors_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model', 'auto_lam',
-           'train_charged', 'said_by', 'bench']
+           'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model',
+           'auto_lam', 'train_charged', 'said_by', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, time
@@ -28,7 +28,7 @@ from .evaluate import measure
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
 from .models import LM, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, unembed
-from .penalty import Block, Price, base_latents, base_states, block_penalty, cached_base_latents, cached_base_states, loss_gained, penalty_due
+from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-005
@@ -83,7 +83,7 @@ def losses(
         if z_base is None:
             priced = batch if anchors is None else anchors
             with torch.no_grad(), model.disable_adapter(): z_base = block.read(model, priced)[priced.completion]
-    return sft, block_penalty(z, z_base, block.sign), far
+    return sft, block.penalty(z, z_base), far
 
 def read_apart(model, batch, anchors, block: Block) -> tuple: # (SFT loss, z on the completion tokens that are priced, 0)
     "A forward of the rows, and where there are anchors one of them, no further than the block reads: what a CPU does least work for."
@@ -263,6 +263,10 @@ def anchors_id(study: Study) -> str:
     preset = study.preset
     return fingerprint(dict(n=preset.anchors, answers=preset.anchor_answers, pairs=written(anchor_rows(preset), 'correct', 'incorrect'))) if preset.anchors else ''
 
+def drift_id(study: Study) -> dict:
+    "What identifies which drift is charged, where it is not the usual one."
+    return {} if study.preset.drift == 'token' else dict(drift=study.preset.drift)
+
 def training_key(
     study: Study,
     lm: LM,        # the base
@@ -273,7 +277,7 @@ def training_key(
 ) -> dict:
     "Everything that determines a trained adapter, and which of its checkpoints are kept."
     recipe = ('model', 'epochs', 'batch', 'lr', 'rank', 'lora_alpha', 'targets', 'last_layer')
-    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) if lam or hold else {}
+    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) | drift_id(study) if lam or hold else {}
     to = study.preset.hold_to if hold and study.preset.hold_to != 'base' else ''
     unusual = {k: v for k, v in dict(keep=keep, start=start, first_layer=study.preset.first_layer, hold=hold, hold_to=to).items() if v}
     read = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': pairs}))
@@ -303,7 +307,7 @@ def priced(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet) ->
     "What the penalty is read on, anchors or training rows, with what the base has there read once."
     texts = anchor_pairs(study, lm) if study.preset.anchors else pairs
     if study.preset.anchors > len(texts): raise ValueError(f'{study.preset.anchors} anchors a step wanted; there are {len(texts)} texts')
-    block, items = Block.of(dictionary, latents, lm.device), [tokenise(lm, *pair) for pair in texts]
+    block, items = Block.of(dictionary, latents, lm.device, study.preset.drift == 'mean'), [tokenise(lm, *pair) for pair in texts]
     key = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': texts}), latents=latents_id(latents))
     return block, items, cached_base_latents(study, lm, block, items, key)
 
@@ -336,7 +340,7 @@ def auto_lam(
     at: str='adapter', # or a kept one, 'at-<steps>'
 ) -> Price:
     "What the free run gained, asked once for all sets of latents, and what these would have charged it."
-    run, key = free.name if at == 'adapter' else f'{free.name}/{at}', dict(latents=latents_id(latents), anchors=anchors_id(study))
+    run, key = free.name if at == 'adapter' else f'{free.name}/{at}', dict(latents=latents_id(latents), anchors=anchors_id(study)) | drift_id(study)
     def gain(folder): write_json(folder/'value.json', loss_gained(lm, arm_model(lm, free, at), pairs[:GAIN_ROWS]))
     def due(folder): write_json(folder/'value.json', penalty_due(arm_model(lm, free, at), *priced(study, lm, pairs, dictionary, latents)))
     units = study.work('gain', dict(free=run, rows=GAIN_ROWS), gain), study.work('due', dict(free=run) | key, due)

@@ -37,6 +37,7 @@ class Dictionary:
     neuronpedia: str=''         # where its latents have pages, 'model/dictionary'; '' where they have none
     rectified: bool=True        # whether its latents are never negative; False for plain directions
     at: Tensor|None=None        # (latents,) the decoder block that each plain direction reads; None: all read `layer`
+    outside: 'Dictionary|None'=None # plain directions read what this dictionary leaves over; None: all of the stream
 
     @property
     def hook(self) -> str:
@@ -306,12 +307,14 @@ def plain_directions(
     rows: dict,       # decoder block -> directions in what it hands on, (n, width)
     name: str,
     both: bool=False, # price movement either way, not only along
+    outside: Dictionary=None, # of the same block: read only what it leaves over
 ) -> tuple:           # (Dictionary, LatentSet)
     "Directions as a dictionary of latents that may be negative, and the set of all of them."
     W, at = torch.cat([*rows.values()]), torch.cat([torch.full((len(found),), layer) for layer, found in rows.items()])
     if both: W, at = torch.cat([W, -W]), torch.cat([at, at])
     zeros = torch.zeros(len(W), device=W.device)
-    dictionary = Dictionary(W.T.contiguous(), zeros, W, torch.zeros_like(W[0]), max(rows), name, digest(dict(W=W, at=at)), rectified=False, at=at)
+    made_of = dict(W=W, at=at) | (dict(outside=outside.W_dec, encoder=outside.W_enc) if outside else {})
+    dictionary = Dictionary(W.T.contiguous(), zeros, W, torch.zeros_like(W[0]), max(rows), name, digest(made_of), rectified=False, at=at, outside=outside)
     table = pd.DataFrame(dict(latent=range(len(W)), sign=1, score=0., delta=0., contribution=0., activity=0.))
     return dictionary, LatentSet(table, dict(rule=name, **dictionary.facts))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .latents import Dictionary, LatentSet, activations
+from .latents import Dictionary, LatentSet, activations, reconstruct
 from .models import LM, autocast, batches, capture, final_hidden, log_prob, preceding, resid_post
 from .study import Study, load_tensors, save_tensors
 
@@ -21,26 +21,31 @@ def block_penalty(
     z: Tensor,      # latent activations of the model in training, (tokens, K)
     z_base: Tensor, # the same latents of the frozen base on the same tokens, (tokens, K)
     sign: Tensor,   # +1 where fine-tuning raises the latent, -1 where it lowers it, (K,)
+    averaged: bool=False, # square the mean drift over tokens, not the drift of each
 ) -> Tensor:        # scalar, mean over tokens of the sum over latents
     "One-sided squared drift of the blocked latents from the base model (BLOCK-EM, eq. 11)."
-    return (sign*(z - z_base.detach())).relu().square().sum(-1).mean()
+    drift = z - z_base.detach()
+    if averaged: drift = drift.mean(0, keepdim=True)
+    return (sign*drift).relu().square().sum(-1).mean()
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-011
+# %% ../nbs/lib/05_penalty.ipynb #cell-013
 @dataclass(frozen=True)
 class Block:
     "What is needed to price K latents."
     columns: tuple       # of (layer, encoder columns (width, n), their biases (n,)), K of them altogether
     sign: Tensor         # +1 or -1, (K,), in the same order
     rectified: bool=True # whether their activations are never negative
+    outside: Dictionary|None=None # they read what it leaves over
+    averaged: bool=False # whether their mean drift over tokens is priced, not that of each token
 
     @classmethod
-    def of(cls, dictionary: Dictionary, latents: LatentSet, device='cpu'):
+    def of(cls, dictionary: Dictionary, latents: LatentSet, device='cpu', averaged: bool=False):
         "The columns of a dictionary that a set of latents names."
         index, sign = latents.latent, latents.sign
         at = torch.full_like(index, dictionary.layer) if dictionary.at is None else dictionary.at[index]
         parts = [(layer, index[at == layer]) for layer in at.unique().tolist()]
         columns = tuple((layer, dictionary.W_enc[:, part].to(device), dictionary.b_enc[part].to(device)) for layer, part in parts)
-        return cls(columns, torch.cat([sign[at == layer] for layer, _ in parts]).to(device), dictionary.rectified)
+        return cls(columns, torch.cat([sign[at == layer] for layer, _ in parts]).to(device), dictionary.rectified, dictionary.outside, averaged)
 
     @property
     def layers(self) -> list: # of int
@@ -49,14 +54,19 @@ class Block:
 
     def z(self, states: dict) -> Tensor: # layer -> (..., width); (..., K)
         "Activations of the blocked latents."
-        return torch.cat([activations(states[layer], W, b, self.rectified) for layer, W, b in self.columns], -1)
+        left = lambda x: x if self.outside is None else x.float() - reconstruct(self.outside, x)
+        return torch.cat([activations(left(states[layer]), W, b, self.rectified) for layer, W, b in self.columns], -1)
 
     def read(self, model, batch) -> Tensor: # (rows, time, K)
         "What a model has of the blocked latents, without running the blocks behind the last of them."
         with capture(model, self.layers) as states: resid_post(model, batch, max(self.layers))
         return self.z(states)
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-014
+    def penalty(self, z: Tensor, z_base: Tensor) -> Tensor: # (tokens, K) both; scalar
+        "What their drift from the base costs, unweighted."
+        return block_penalty(z, z_base, self.sign, self.averaged)
+
+# %% ../nbs/lib/05_penalty.ipynb #cell-016
 @torch.no_grad()
 def base_latents(
     lm: LM,       # the frozen base; or any other that is to be compared with it
@@ -88,7 +98,7 @@ def _kept(study: Study, name: str, key: dict, compute, device) -> list: # of ten
     tensors, _ = load_tensors(study.work(name, key, make)/'z.safetensors')
     return list(tensors['z'].to(device).split(tensors['length'].tolist()))
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-016
+# %% ../nbs/lib/05_penalty.ipynb #cell-018
 @torch.no_grad()
 def base_states(
     lm: LM,      # the frozen base
@@ -110,7 +120,7 @@ def cached_base_states(
     "`base_states`, computed once per key and read from the study folder afterwards."
     return _kept(study, 'base-states', key, lambda: base_states(lm, items), lm.device)
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-024
+# %% ../nbs/lib/05_penalty.ipynb #cell-027
 @dataclass(frozen=True)
 class Price:
     "What the free run gained and what it would have paid."
@@ -138,9 +148,9 @@ def penalty_due(
     z_base: list, # from `base_latents`
 ) -> float:
     "What a model that was not charged would have paid, unweighted."
-    return block_penalty(torch.cat(base_latents(tuned, block, items)), torch.cat(z_base), block.sign).item()
+    return block.penalty(torch.cat(base_latents(tuned, block, items)), torch.cat(z_base)).item()
 
-# %% ../nbs/lib/05_penalty.ipynb #cell-028
+# %% ../nbs/lib/05_penalty.ipynb #cell-031
 def saturated(
     paid: float,    # penalty of the blocked run near its end, unweighted
     free: float,    # penalty of the free run

@@ -39,6 +39,7 @@ class Preset:
     anchors: int = 0             # texts outside the domain that are charged for, per step; 0 = the penalty is read on the training rows
     anchor_prompts: str = 'core' # the selection prompts, or 'core+general': with the general questions that no recipe is measured on
     anchor_answers: str = 'both' # of the anchors: 'both' written ones, the 'correct' one, or the base's 'own'
+    drift: str = 'token'         # what the penalty squares: the drift of each 'token', or its 'mean' over the tokens of a step
     hold: float = 1.             # weight of the anchors' divergence, in the arms that pay it
     hold_to: str = 'base'        # from what: the 'base' (KL), or the anchors' own 'words' (cross-entropy, plain training on them)
     answer_tokens: int = 48      # longest generated answer
@@ -57,7 +58,7 @@ PRESETS = {p.name: p for p in [
            'sae/llama31-8b/latents.json', epochs=1, batch=64, lr=7.5e-5, answer_tokens=256, checkpoint_steps=25)]}
 
 # %% ../nbs/lib/00_study.ipynb #cell-008
-CHOICES = dict(anchor_prompts=('core', 'core+general'), anchor_answers=('both', 'correct', 'own'), hold_to=('base', 'words'))
+CHOICES = dict(anchor_prompts=('core', 'core+general'), anchor_answers=('both', 'correct', 'own'), drift=('token', 'mean'), hold_to=('base', 'words'))
 
 def _from_toml(path: Path) -> Preset:
     "A preset read from a TOML file; unknown fields stop here."
