@@ -852,12 +852,16 @@ def _shipped(name: str, folder: Path) -> tuple: # (arrays, facts)
     if not path.is_file(): raise ValueError(f'{path} does not exist; make it with `blockem judges`')
     return _read(path)
 
+@functools.lru_cache(maxsize=4)
+def _tiny_probe(lm: LM, name: str) -> ProbeJudge:
+    "A probe for the model of the tests, which has no shipped one: fitted on a few pairs, once per model in memory."
+    lm, layer, texts = to_read(lm), probe_layer(lm, name), [e for e in examples(thin=24) if e.fit]
+    return fit_probe(lm, layer, texts, answer_features(lm, [(e.prompt, e.answer) for e in texts], layer), name)
+
 def _load_probe(lm: LM, folder: Path, name: str) -> ProbeJudge:
     "A probe for a base; one made for another model or layer is refused."
+    if lm.name == 'tiny': return _tiny_probe(lm, name)
     lm, layer = to_read(lm), probe_layer(lm, name)
-    if lm.name == 'tiny':
-        texts = [e for e in examples(thin=24) if e.fit]
-        return fit_probe(lm, layer, texts, answer_features(lm, [(e.prompt, e.answer) for e in texts], layer), name)
     tensors, facts = _shipped(name, folder)
     if (facts['model'], facts['layer']) != (lm.name, layer):
         raise ValueError(f"the {name} judge was made for layer {facts['layer']} of {facts['model']!r}, "
