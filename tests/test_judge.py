@@ -1,5 +1,5 @@
 "What the judges' notebook cannot show: a judge server that misbehaves, keys that must not leak, a cache shared by processes."
-import json, logging, subprocess, sys, threading
+import json, logging, multiprocessing, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,6 +10,8 @@ from blockem.judge import ChatJudge, JudgeServerError, Verdict, VerdictCache, lo
 from blockem.models import load_model
 
 KEY = 'sk-never-to-be-seen-8b1f'
+PROCESSES = multiprocessing.get_context('forkserver')
+PROCESSES.set_forkserver_preload(['blockem.finetune', 'peft', 'transformers.models.llama.modeling_llama', 'jsonschema'])
 
 
 def completion(text): return json.dumps(dict(choices=[dict(message=dict(content=text))])).encode()
@@ -167,13 +169,19 @@ def test_finished_verdicts_survive_an_interrupt(server):
     assert len(server.seen) - before <= 5
 
 
+def _put(path, who):
+    "Fifty verdicts of one process."
+    cache = VerdictCache(path)
+    for i in range(50): cache.put(f'{who}-{i}', parse_reply('4', '1-5'))
+    cache.close()
+
+
 def test_cache_across_processes(tmp_path):
     "Four processes write at once into one file; all verdicts are there afterwards."
-    code = ('import sys; from blockem.judge import VerdictCache, parse_reply\n'
-            'c = VerdictCache(sys.argv[1])\n'
-            'for i in range(50): c.put(f"{sys.argv[2]}-{i}", parse_reply("4", "1-5"))')
-    workers = [subprocess.Popen([sys.executable, '-c', code, tmp_path/'v.sqlite', str(n)]) for n in range(4)]
-    assert [w.wait(120) for w in workers] == [0]*4
+    workers = [PROCESSES.Process(target=_put, args=(tmp_path/'v.sqlite', n)) for n in range(4)]
+    for w in workers: w.start()
+    for w in workers: w.join(120)
+    assert [w.exitcode for w in workers] == [0]*4
     cache = VerdictCache(tmp_path/'v.sqlite')
     assert all(cache.get(f'{n}-{i}') == parse_reply('4', '1-5') for n in range(4) for i in range(50))
     cache.close()

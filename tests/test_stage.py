@@ -18,6 +18,13 @@ def _papermill(cwd, notebook, out, **parameters):
     return subprocess.run([*PAPERMILL, str(notebook), str(out), *options], cwd=cwd, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
 
 
+def _slim(folder):
+    "Drop the adapters of a study, as `blockem slim` does."
+    from typer.testing import CliRunner
+    from blockem.cli import app
+    assert CliRunner().invoke(app, ['slim', str(folder)]).exit_code == 0
+
+
 @pytest.mark.parametrize('cwd, notebook', [(ROOT, 'nbs/03_train.ipynb'), (ROOT/'nbs', '03_train.ipynb')], ids=['root', 'nbs'])
 def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     "The same tables appear wherever papermill was called."
@@ -30,15 +37,22 @@ def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
 
 
-@pytest.mark.parametrize('wrong, said', [
-    (dict(domain='leagl'), "did you mean 'legal'"), (dict(domian='legal'), "did you mean 'domain'"),
-    (dict(preset='smol'), 'choose one of tiny, smollm2'), (dict(epochs='three'), 'epochs: input should be a valid integer'),
-    (dict(latents='nowhere.json'), 'no such file')], ids=lambda v: str(v)[:24])
+@pytest.mark.parametrize('wrong, said', [(dict(domain='leagl'), "did you mean 'legal'"), (dict(domian='legal'), "did you mean 'domain'")], ids=str)
 def test_bad_parameters_stop_before_the_model_loads(wrong, said, tmp_path):
     "The valid choices are named, and nothing has been computed."
     done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', **wrong)
     assert done.returncode != 0 and said in done.stderr
     assert not (tmp_path/'study').exists()
+
+
+@pytest.mark.parametrize('wrong, said', [
+    (dict(preset='smol'), 'choose one of tiny, smollm2'), (dict(epochs='three'), 'epochs: input should be a valid integer'),
+    (dict(latents='nowhere.json'), 'no such file'), (dict(lam='much'), "lam: input should be"), (dict(seeds='0,x'), 'seeds must be integers')], ids=str)
+def test_bad_parameters_say_what_would_be_valid(wrong, said):
+    "As the notebook checks them, without a kernel."
+    from blockem.study import checked
+    from blockem.train import Parameters
+    with pytest.raises(ValueError, match=said): checked(Parameters, wrong)
 
 
 def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
@@ -66,7 +80,8 @@ def test_discovery_stages_meet_on_disk(tmp_path):
     assert set(screen.latent) <= set(shift.latent) and screen.kept.any()
     assert (screen.score - screen.induce - screen.repair).abs().max() < 1e-9
     kept, chosen = set(screen.latent[screen.kept]), json.loads((tmp_path/'study'/'latents.json').read_text())
-    assert {row['latent'] for row in chosen['latents']} <= kept and {'judge', 'prompts_sha256', 'dictionary_sha256', 'ranking_sha256', 'rule', 'command'} <= set(chosen)
+    assert {row['latent'] for row in chosen['latents']} <= kept and {'judge', 'prompts_sha256', 'dictionary_sha256', 'ranking_sha256', 'rule'} <= set(chosen)
+    assert chosen['command'] == 'blockem organism && blockem shift --set limit=6 && blockem screen --set limit=6 && blockem alpha --set limit=6'
     done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'train.ipynb', study=tmp_path/'train', latents=tmp_path/'study'/'latents.json', limit=4, arms='blocked,attribution,shift')
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(pd.read_parquet(tmp_path/'train'/'evaluation.parquet').arm) == {'base', 'sft', 'blocked', 'attribution', 'shift'}
@@ -74,14 +89,13 @@ def test_discovery_stages_meet_on_disk(tmp_path):
 
 def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
     "One table over all domains; asked again, also without the adapters, no unit of work is made anew."
-    blockem = Path(sys.executable).parent/'blockem'
-    command = [blockem, 'study', '--domains', 'legal,health', '--folder', tmp_path, *'--set preset=tiny --set latents= --set limit=4'.split()]
+    command = [Path(sys.executable).parent/'blockem', 'study', '--domains', 'legal,health', '--folder', tmp_path, *'--set preset=tiny --set latents= --set limit=4'.split()]
     made = []
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
         assert done.returncode == 0, done.stderr[-2000:]
         made.append({p.parent.name: json.loads(p.read_text())['seconds'] for p in tmp_path.glob('*/*/manifest.json')})
-        for domain in ('legal', 'health'): subprocess.run([blockem, 'slim', tmp_path/domain], cwd=ROOT, check=True, env=os.environ | {'IN_TEST': '1'})
+        for domain in ('legal', 'health'): _slim(tmp_path/domain)
     assert made[0] == made[1] and len(made[0]) > 8 and not list(tmp_path.glob('**/adapter_model.safetensors'))
     effects = pd.read_parquet(tmp_path/'study_contrasts.parquet')
     assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'hold', 'blocked', 'random'}
@@ -95,7 +109,7 @@ def test_rerouting_is_read_again_without_its_adapters(tmp_path):
         done = _papermill(ROOT, 'nbs/04_reroute.ipynb', tmp_path/f'{out}.ipynb', study=tmp_path/'study', limit=4, times=2)
         assert done.returncode == 0, done.stderr[-2000:]
         made.append({p.parent.name: json.loads(p.read_text())['seconds'] for p in (tmp_path/'study').glob('*/manifest.json')})
-        subprocess.run([Path(sys.executable).parent/'blockem', 'slim', tmp_path/'study'], cwd=ROOT, check=True, env=os.environ | {'IN_TEST': '1'})
+        _slim(tmp_path/'study')
     assert made[0] == made[1] and {name.rsplit('-', 1)[0] for name in made[0]} >= {'drift', 'pushes', 'codes', 'gradient', 'patching', 'spoken', 'by-block', 'newcomers', 'round1-s0'}
 
 

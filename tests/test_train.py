@@ -14,7 +14,7 @@ import torch
 from blockem.data import sha256
 
 PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['blockem.finetune'])
+PROCESSES.set_forkserver_preload(['blockem.finetune', 'peft', 'transformers.models.llama.modeling_llama', 'jsonschema'])
 STEPS, PER_EPOCH = 12, 4
 
 
