@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['START', 'METHODS', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'within', 'Trial', 'misalignment_directions',
-           'whole_stream', 'left_over', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'incoherent',
+           'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'incoherent',
            'frontier', 'frontier_table', 'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
@@ -131,7 +131,7 @@ def whole_stream(lm: LM, layers: list) -> tuple: # (dictionary, latents)
     axes = torch.eye(lm.model.config.hidden_size, device=lm.device)
     return plain_directions({layer: axes for layer in layers}, f'stream after {layers}', both=True)
 
-def left_over(lm: LM, dictionary: Dictionary) -> tuple: # (dictionary, latents)
+def outside_of(lm: LM, dictionary: Dictionary) -> tuple: # (dictionary, latents)
     "Every coordinate of what a dictionary does not describe, priced either way."
     return plain_directions({dictionary.layer: torch.eye(lm.model.config.hidden_size, device=lm.device)}, f'outside {dictionary.name}', both=True, outside=dictionary)
 
@@ -148,7 +148,7 @@ CHOSEN = dict(  # how -> (trial, number, seed) -> (dictionary, latents)
     contribution=_latents_of(_best), random=_latents_of(lambda t, n, seed: random_latents(t.ranking, _best(t, n, seed), seed)),
     directions=lambda t, n, seed: misalignment_directions(data_path('directions', f'{t.lm.name}.safetensors'), t.lm, t.dictionary.layer),
     stream=lambda t, n, seed: whole_stream(t.lm, [t.dictionary.layer]),
-    outside=lambda t, n, seed: left_over(t.lm, t.dictionary),
+    outside=lambda t, n, seed: outside_of(t.lm, t.dictionary),
     streams=lambda t, n, seed: whole_stream(t.lm, list(range(5, len(decoder_blocks(t.lm.model)), 6)) or [0]))
 
 # %% ../nbs/05_compare.ipynb #cell-015

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .latents import Dictionary, LatentSet, activations, reconstruct
+from .latents import Dictionary, LatentSet, activations, left_over
 from .models import LM, autocast, batches, capture, final_hidden, log_prob, preceding, resid_post
 from .study import Study, load_tensors, save_tensors
 
@@ -54,8 +54,8 @@ class Block:
 
     def z(self, states: dict) -> Tensor: # layer -> (..., width); (..., K)
         "Activations of the blocked latents."
-        left = lambda x: x if self.outside is None else x.float() - reconstruct(self.outside, x)
-        return torch.cat([activations(left(states[layer]), W, b, self.rectified) for layer, W, b in self.columns], -1)
+        read = lambda x: x if self.outside is None else left_over(self.outside, x)
+        return torch.cat([activations(read(states[layer]), W, b, self.rectified) for layer, W, b in self.columns], -1)
 
     def read(self, model, batch) -> Tensor: # (rows, time, K)
         "What a model has of the blocked latents, without running the blocks behind the last of them."
