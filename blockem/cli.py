@@ -270,9 +270,8 @@ def _publish_table(table: Path, name: str):
     shutil.copy(table, data_path('results', name))
 
 def _publish_study(study: Path):
-    "Copy the tables of a `blockem study` to data/results."
-    import shutil
-    for name in ('study', 'study_contrasts'): shutil.copy(study/f'{name}.parquet', data_path('results', f'{name}.parquet'))
+    "Copy the tables of a `blockem study` to data/results, under the name of its folder."
+    for kind in ('', '_contrasts'): _publish_table(study/f'study{kind}.parquet', f'{study.name}{kind}.parquet')
 
 @app.command()
 def publish(
@@ -290,7 +289,7 @@ def publish(
     if (study/'05_compare.ipynb') in stages: _publish_table(study/'frontier.parquet', '05_frontier.parquet')
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
     if pooled.is_file(): _publish_study(study)
-    typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ['data/results/study.parquet']*pooled.is_file()))
+    typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + [f'data/results/{study.name}.parquet']*pooled.is_file()))
 
 @app.command()
 def slim(
