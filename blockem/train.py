@@ -176,13 +176,14 @@ def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.an
 
 # %% ../nbs/03_train.ipynb #cell-044
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
-    "The result in one sentence, with its intervals."
+    "What each charged arm removed and kept, with intervals."
     def say(arm, measure):
         rows = effect[(effect.arm == arm) & (effect.measure == measure)]
         return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
     names = dict(hold='holding', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
-    parts = [f'{name} removed {say(arm, "cut_final")} of the excess misalignment on the final prompts and kept {say(arm, "adherence_kept")} of the adherence'
+    parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
-    return f'By the {judges} judges, ' + '; '.join(parts) + f' ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts).'
+    if not parts: return 'No arm of this run was held or blocked.'
+    return f'Against the free run, on the final prompts and in the domain, by the {judges} judges ({n_seeds} seed{"s"*(n_seeds > 1)}; {n} prompts):\n\n' + '\n'.join(parts)
