@@ -269,9 +269,11 @@ def _publish_table(table: Path, name: str):
     import shutil
     shutil.copy(table, data_path('results', name))
 
-def _publish_study(study: Path):
+def _publish_study(study: Path) -> str: # what was written
     "Copy the tables of a `blockem study` to data/results, under the name of its folder."
-    for kind in ('', '_contrasts'): _publish_table(study/f'study{kind}.parquet', f'{study.name}{kind}.parquet')
+    name = study.resolve().name
+    for kind in ('', '_contrasts'): _publish_table(study/f'study{kind}.parquet', f'{name}{kind}.parquet')
+    return f'data/results/{name}.parquet'
 
 @app.command()
 def publish(
@@ -288,8 +290,7 @@ def publish(
     if (study/'04_reroute.ipynb') in stages: _publish_table(study/'course.parquet', '04_course.parquet')
     if (study/'05_compare.ipynb') in stages: _publish_table(study/'frontier.parquet', '05_frontier.parquet')
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
-    if pooled.is_file(): _publish_study(study)
-    typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + [f'data/results/{study.name}.parquet']*pooled.is_file()))
+    typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ([_publish_study(study)] if pooled.is_file() else [])))
 
 @app.command()
 def slim(

@@ -277,7 +277,7 @@ def training_key(
 ) -> dict:
     "Everything that determines a trained adapter, and which of its checkpoints are kept."
     recipe = ('model', 'epochs', 'batch', 'lr', 'rank', 'lora_alpha', 'targets', 'last_layer')
-    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) | drift_id(study) if lam or hold else {}
+    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) | (drift_id(study) if lam else {}) if lam or hold else {}
     to = study.preset.hold_to if hold and study.preset.hold_to != 'base' else ''
     unusual = {k: v for k, v in dict(keep=keep, start=start, first_layer=study.preset.first_layer, hold=hold, hold_to=to).items() if v}
     read = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': pairs}))

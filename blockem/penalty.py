@@ -54,8 +54,8 @@ class Block:
 
     def z(self, states: dict) -> Tensor: # layer -> (..., width); (..., K)
         "Activations of the blocked latents."
-        read = lambda x: x if self.outside is None else left_over(self.outside, x)
-        return torch.cat([activations(read(states[layer]), W, b, self.rectified) for layer, W, b in self.columns], -1)
+        seen = lambda x: x if self.outside is None else left_over(self.outside, x)
+        return torch.cat([activations(seen(states[layer]), W, b, self.rectified) for layer, W, b in self.columns], -1)
 
     def read(self, model, batch) -> Tensor: # (rows, time, K)
         "What a model has of the blocked latents, without running the blocks behind the last of them."

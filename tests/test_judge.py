@@ -1,5 +1,5 @@
 "What the judges' notebook cannot show: a judge server that misbehaves, keys that must not leak, a cache shared by processes."
-import json, logging, multiprocessing, threading
+import json, logging, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -8,10 +8,9 @@ from blockem import judge
 from blockem.data import data_path, load_domain
 from blockem.judge import ChatJudge, JudgeServerError, Verdict, VerdictCache, load_judges, parse_reply
 from blockem.models import load_model
+from processes import PROCESSES
 
 KEY = 'sk-never-to-be-seen-8b1f'
-PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['blockem.finetune', 'peft', 'transformers.models.llama.modeling_llama', 'jsonschema'])
 
 
 def completion(text): return json.dumps(dict(choices=[dict(message=dict(content=text))])).encode()

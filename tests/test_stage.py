@@ -81,7 +81,8 @@ def test_discovery_stages_meet_on_disk(tmp_path):
     assert (screen.score - screen.induce - screen.repair).abs().max() < 1e-9
     kept, chosen = set(screen.latent[screen.kept]), json.loads((tmp_path/'study'/'latents.json').read_text())
     assert {row['latent'] for row in chosen['latents']} <= kept and {'judge', 'prompts_sha256', 'dictionary_sha256', 'ranking_sha256', 'rule'} <= set(chosen)
-    assert chosen['command'].startswith('blockem organism && blockem shift --set limit=6 && blockem screen --set limit=6 && blockem alpha --set limit=6')
+    assert chosen['command'] == ('blockem organism && blockem shift --set limit=6 && blockem screen --set limit=6 && '
+                                  'blockem alpha --set limit=6 --set strengths=3 --set budget=0.9 --set rule=score')  # the tiny preset's own
     done = _papermill(ROOT, 'nbs/03_train.ipynb', tmp_path/'train.ipynb', study=tmp_path/'train', latents=tmp_path/'study'/'latents.json', limit=4, arms='blocked,attribution,shift')
     assert done.returncode == 0, done.stderr[-2000:]
     assert set(pd.read_parquet(tmp_path/'train'/'evaluation.parquet').arm) == {'base', 'sft', 'blocked', 'attribution', 'shift'}

@@ -1,6 +1,5 @@
 "What a notebook cannot show about training: killed processes and fresh ones."
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,9 +11,8 @@ import pytest
 import torch
 
 from blockem.data import sha256
+from processes import PROCESSES
 
-PROCESSES = multiprocessing.get_context('forkserver')
-PROCESSES.set_forkserver_preload(['blockem.finetune', 'peft', 'transformers.models.llama.modeling_llama', 'jsonschema'])
 STEPS, PER_EPOCH = 12, 4
 
 
