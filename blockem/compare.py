@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_prompts
 from .evaluate import contrasts, selection_prompts, wilson
-from .finetune import OnDomain, said_by, seeds_of, train_arm, train_charged, training_pairs
+from .finetune import OnDomain, said_by, scaled, seeds_of, train_arm, train_charged, training_pairs
 from .latents import Dictionary, best_latents, load_latents, plain_directions, random_latents
 from .models import LM, decoder_blocks
 from .rounds import in_rounds, union
@@ -31,7 +31,7 @@ from .study import Study, load_tensors
 class Method:
     "A way to keep misalignment out, and its dial."
     says: str           # what it does
-    dial: str           # a preset field, or 'n' (latents), or 'most' (latents that are added)
+    dial: str           # a preset field, or 'n' (latents), 'most' (latents that are added) or 'factor' (of an adapter)
     values: tuple
     arm: str='blocked'  # 'sft' charges for nothing, 'blocked' for latents, 'hold' for the anchors' divergence, 'both' for both; 'union' and 'rounds' diagnose and add latents
     by: str='contribution' # how the latents are chosen, a key of `CHOSEN`
@@ -43,6 +43,7 @@ _ratios, _weights = (10., 30., 100.), (.1, .3, 1.)
 _wide, _own = dict(anchor_prompts='core+general'), dict(anchor_prompts='core+general', anchor_answers='own')
 METHODS = {
     'less training': Method('control: no charge, fewer rows', 'rows', (50, 100, 200), 'sft'),
+    'weaker adapter': Method("control: the free run's adapter, what it adds times a factor", 'factor', (.25, .5, .75), 'sft'),
     'plain block': Method('latents, read on the training rows, as in the paper', 'ratio', _ratios, changes=dict(anchors=0)),
     'anchored block': Method('latents, read on anchors', 'ratio', _ratios),
     'wide block': Method('latents, read on more anchors', 'ratio', _ratios, changes=_wide),
@@ -60,6 +61,7 @@ METHODS = {
     'mean shift': Method('the mean shift of all that every sixth block hands on', 'ratio', _ratios, by='streams', changes=dict(drift='mean')),
     'hold': Method('divergence from the base on anchors', 'hold', _weights, 'hold'),
     'wide hold': Method('divergence on more anchors', 'hold', (*_weights, 3.), 'hold', changes=_wide),
+    'longer wide hold': Method('divergence on more anchors, for longer', 'epochs', (4,), 'hold', changes=_wide),
     'own words': Method("divergence on more anchors, on the base's own answers", 'hold', _weights, 'hold', changes=_own),
     'more at once': Method("divergence on the base's own answers, more of them a step", 'anchors', (8, 16), 'hold', changes=_own),
     'longer hold': Method("divergence on the base's own answers, for longer", 'epochs', (1, 4), 'hold', changes=_own),
@@ -159,6 +161,7 @@ def train_free(t: Trial, seed: int) -> Path:
 def train_method(t: Trial, name: str, setting: float, seed: int) -> Path: # a folder with an adapter
     "One method at one setting of its dial."
     m = METHODS[name]
+    if m.dial == 'factor': return scaled(t.study, train_free(t, seed), setting)
     study = replace(t.study, preset=replace(t.study.preset, **START | m.changes | ({} if m.dial in ('n', 'most') else {m.dial: setting})))
     pairs = t.pairs(study.preset.rows)
     if m.arm == 'sft': return train_arm(study, t.lm, 'sft', pairs, seed)

@@ -7,10 +7,10 @@ __all__ = ['WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'OnDomain', 'losses', '
            'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint', 'Charge',
            'copy_adapter', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
            'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model',
-           'auto_lam', 'train_charged', 'said_by', 'bench']
+           'scaled', 'auto_lam', 'train_charged', 'said_by', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
-import json, time
+import json, shutil, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -27,7 +27,7 @@ from .data import Domain, general_pairs, load_domain, load_prompts, project_root
 from .evaluate import measure
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, unembed
+from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
@@ -327,6 +327,20 @@ def arm_model(
 ) -> LM:                   # as it is read
     "A trained arm, ready to be read."
     return to_read(load_adapter(lm, folder/at))
+
+def scaled(
+    study: Study,
+    run: Path,     # from `train_arm`
+    factor: float, # 0 is the base, 1 the arm as it was trained
+) -> Path:         # folder with adapter/
+    "An arm with a weaker or stronger adapter: what it adds, times a factor."
+    def make(folder):
+        trained, target = adapter_weights(run/'adapter'), folder/'adapter'
+        target.mkdir(exist_ok=True)
+        shutil.copy(trained, target)
+        config = json.loads((run/'adapter/adapter_config.json').read_text(encoding='utf-8'))
+        write_json(target/'adapter_config.json', config | dict(lora_alpha=factor*config['lora_alpha']))
+    return study.work(f'scaled-{run.name.rsplit("-", 1)[0]}', dict(run=run.name, factor=factor), make)
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-026
 GAIN_ROWS = 64 # read for what the free run gained: enough for a weight, and all of them cost as much as half an epoch

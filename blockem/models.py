@@ -8,7 +8,7 @@ __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'fa
            'batches', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast', 'resid_post',
            'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said',
            'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read',
-           'adapted', 'load_adapter']
+           'adapted', 'adapter_weights', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, functools, importlib.util, math, os, platform, shutil, warnings
@@ -577,19 +577,26 @@ def adapted(
             if 'lora_B' in name: w.copy_(torch.randn(w.shape, generator=draw)*.1)
     return base.with_model(model.merge_and_unload().eval())
 
+def adapter_weights(
+    folder,  # an adapter in PEFT's format
+) -> Path:
+    "The file of an adapter's weights; it stops where there is none."
+    found = Path(folder)/'adapter_model.safetensors'
+    if not found.is_file(): raise ValueError(f'{folder} holds no {found.name}; if `blockem slim` dropped it, delete the folder around it and run the stage again')
+    return found
+
 def load_adapter(
     lm: LM,       # the base
     folder,       # an adapter in PEFT's format
 ) -> LM:
     "The base with a trained adapter; one that does not fit stops instead of loading as untrained."
     from peft import PeftModel
-    if not (Path(folder)/'adapter_model.safetensors').is_file():
-        raise ValueError(f'{folder} holds no adapter_model.safetensors; if `blockem slim` dropped it, delete the folder around it and run the stage again')
+    weights = adapter_weights(folder)
     try:
         with _peft(): model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder))
     except RuntimeError as e: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {str(e).splitlines()[-1].strip()}') from None
     from safetensors import safe_open
-    with safe_open(Path(folder)/'adapter_model.safetensors', 'pt') as f: saved = set(f.keys())
+    with safe_open(weights, 'pt') as f: saved = set(f.keys())
     known = {n.replace('.default', '') for n, _ in model.named_parameters() if 'lora_' in n}
     if saved != known: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {len(saved - known)} tensors of {len(saved)} have no place')
     return lm.with_model(model.eval())
