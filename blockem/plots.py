@@ -156,7 +156,8 @@ _DASHES = dict(dash='--', dot=':', dashdot='-.', longdash=(0, (8, 4)), longdashd
 _STEPS = dict(hv='steps-post', vh='steps-pre', hvh='steps-mid')
 _MARKERS = {'square': 's', 'diamond': 'D', 'cross': 'P', 'x': 'X', 'star': '*', 'pentagon': 'p', 'hexagon': 'h',
             'triangle-up': '^', 'triangle-down': 'v', 'triangle-left': '<', 'triangle-right': '>',
-            'line-ns': '|', 'line-ew': '_'}  # every other symbol is drawn as a circle
+            'line-ns': '|', 'line-ew': '_', 'hexagram': (6, 1, 0), 'bowtie': [(-1, -1), (-1, 1), (1, -1), (1, 1), (-1, -1)],
+            'hourglass': [(-1, -1), (1, -1), (-1, 1), (1, 1), (-1, -1)]}  # every other symbol is drawn as a circle
 
 def _colour(t: dict):
     "A trace's own colour: of its line where it has one, else of its markers; an array where they differ."
