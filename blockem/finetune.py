@@ -182,7 +182,7 @@ class Charge:
 @torch.no_grad()
 def copy_adapter(folder: Path, model):
     "Give a fresh adapter the weights of a trained one."
-    tensors, _ = load_tensors(folder/'adapter_model.safetensors')
+    tensors, _ = load_tensors(adapter_weights(folder))
     for name, w in trained_weights(model).items(): w.copy_(tensors[name.replace('.default', '')])
 
 def fit(
