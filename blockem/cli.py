@@ -127,19 +127,21 @@ def study(
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
     arms: str=typer.Option('hold,blocked,random', help='beside base and sft; also correct, both, attribution, shift'),
     folder: Path=typer.Option('runs/study', help='where each domain gets its own study folder'),
+    jobs: int=typer.Option(1, min=1, help='seeds trained at a time, each in a process of its own; for a GPU that one leaves idle, or several GPUs'),
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of 03_train'),
 ):
     "Find the latents on finance and block them in every domain; one table of all."
     from blockem.data import known_domains
     from blockem.evaluate import write_table
     from blockem.study import checked
-    from blockem.sweep import across, gather, sweep_table
+    from blockem.sweep import across, gather, prepare, sweep_table
     from blockem.train import Parameters
     changes, root = dict(map(_setting, set_)), project_root()/folder
     given = {d: dict(domain=d, seeds=seeds, arms=arms, study=str(folder/d)) | changes for d in (domains.split(',') if domains else known_domains())}
     for g in given.values(): checked(Parameters, g)
-    latents = changes['latents'] if 'latents' in changes else _found()
-    evaluation, answers, likelihoods = gather({d: _execute('03_train', Parameters, g | dict(latents=latents)) for d, g in given.items()})
+    latents = dict(latents=changes['latents'] if 'latents' in changes else _found())
+    if jobs > 1: prepare([g | latents for g in given.values()], jobs)
+    evaluation, answers, likelihoods = gather({d: _execute('03_train', Parameters, g | latents) for d, g in given.items()})
     effects = across(answers, likelihoods)
     write_table(evaluation, root/'study.parquet')
     write_table(effects, root/'study_contrasts.parquet')

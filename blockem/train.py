@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'check_impartial', 'Parameters', 'Plan', 'charged_sets', 'train_seed', 'evaluate_arms', 'steps_table',
-           'run_facts', 'bills', 'token_bill', 'example_prompts', 'side_by_side', 'finding']
+           'prepare_seed', 'run_facts', 'bills', 'token_bill', 'example_prompts', 'side_by_side', 'finding']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -16,13 +16,14 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from .data import PROMPT_SETS, Domain, choose, data_path, project_root, sha256
+from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, project_root, sha256
+from .evaluate import result_prompts
 from .finetune import OnDomain, said_by, seeds_of, train_arm, train_charged, training_pairs
 from .judge import REPORTING, SELECTING, check_judges
-from .latents import LatentSet, best_latents, random_latents
-from .models import LM, collate
+from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
+from .models import LM, collate, load_model
 from .penalty import Block, Price, saturated
-from .study import Study, get_preset
+from .study import Study, checked, get_preset
 
 # %% ../nbs/03_train.ipynb #cell-006
 ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'both', 'attribution', 'shift', 'random')
@@ -66,7 +67,7 @@ class Parameters(OnDomain):
         check_impartial(self.judges, project_root()/self.latents if self.latents else data_path(get_preset(self.preset).latents))
         return self
 
-# %% ../nbs/03_train.ipynb #cell-020
+# %% ../nbs/03_train.ipynb #cell-010
 @dataclass(frozen=True)
 class Plan:
     "What a run of the stage needs to know."
@@ -74,18 +75,29 @@ class Plan:
     lm: LM
     domain: Domain
     dictionary: object
-    ranking: pd.DataFrame # of all latents, to draw the random control from
+    ranking: pd.DataFrame # of all latents, to choose others from
     latents: LatentSet
     judges: str = 'lexical,probe'
     lam: object = 'auto'  # a number or 'auto'
     limit: int = 0
     arms: tuple = ARMS
 
+    @classmethod
+    def open(cls, p: Parameters):
+        "Load everything that a run was told of."
+        study = Study.open(p.folder, p.preset, epochs=p.epochs)
+        lm, shipped = load_model(study.preset.model), study.preset.latents
+        dictionary, source = load_dictionary(study.preset.dictionary, study.preset.layer, lm), project_root()/p.latents if p.latents else shipped
+        latents = load_latents(source, dictionary)
+        ranking = load_ranking(source if 'ranking_sha256' in latents.facts else shipped, dictionary)
+        return cls(study, lm, load_domain(p.domain), dictionary, ranking, latents, p.judges, p.lam, p.limit, p.arm_list)
+
     @property
     def rows(self) -> int:
         "How many training rows are used, 0 for all."
         return min([n for n in (self.limit, self.study.preset.rows) if n], default=0)
 
+# %% ../nbs/03_train.ipynb #cell-023
 def charged_sets(plan: Plan, seed: int) -> dict: # arm -> latents, as far as the plan has the arm
     "What the charged arms block: K, and as many latents chosen in other ways."
     given, best = lambda: plan.latents, lambda rule: lambda: best_latents(plan.ranking, plan.dictionary, len(plan.latents), rule)
@@ -123,7 +135,12 @@ def steps_table(arms: dict, seed: int) -> pd.DataFrame:
     "The training logs of all arms, long."
     return pd.concat([pd.read_json(folder/'steps.jsonl', lines=True).assign(arm=arm, seed=seed) for arm, folder in arms.items()])
 
-# %% ../nbs/03_train.ipynb #cell-021
+def prepare_seed(given: dict, seed: int):
+    "Train and ask every arm of one seed of a run, into its study's folder, where the notebook finds the work done."
+    plan = Plan.open(checked(Parameters, given))
+    evaluate_arms(plan, seed, train_seed(plan, seed), result_prompts(plan.domain, plan.limit))
+
+# %% ../nbs/03_train.ipynb #cell-024
 def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
     "What a run was, and how long its training took; written beside its tables."
     seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for arms in trained.values() for folder in arms.values()]
@@ -131,7 +148,7 @@ def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
                 precision=plan.lm.precision,
                 latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
 
-# %% ../nbs/03_train.ipynb #cell-026
+# %% ../nbs/03_train.ipynb #cell-029
 def bills(
     steps: pd.DataFrame,    # from `steps_table`
     price: Price|None=None, # what the free run gained and would have paid, where a penalty was set by it
@@ -142,7 +159,7 @@ def bills(
     if price is None: return charged
     return charged.assign(unpaid=price.penalty, saturated=[r.lam > 0 and saturated(r.penalty, price.penalty) for r in charged.itertuples()])
 
-# %% ../nbs/03_train.ipynb #cell-029
+# %% ../nbs/03_train.ipynb #cell-032
 @torch.no_grad()
 def token_bill(
     base: LM, tuned: LM,
@@ -155,7 +172,7 @@ def token_bill(
     cost = (block.sign*(reads[0] - reads[1])).relu().square().sum(-1)
     return pd.DataFrame(dict(token=[base.tokenizer.decode(i) for i, r in zip(tokens.ids, tokens.roles) if r == 2], penalty=cost.tolist()))
 
-# %% ../nbs/03_train.ipynb #cell-041
+# %% ../nbs/03_train.ipynb #cell-044
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
     "Three final prompts by a stated rule: largest, median and smallest rise of the free run's score above the base's."
     shown = answers[(answers.prompts == 'final') & (answers.seed == seed)]
@@ -174,7 +191,7 @@ def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.an
         rows.append(dict(prompt=shown.prompt.iloc[0], why=why, answers=said, verdicts={a: verdict(f) for a, f in shown.groupby('arm', sort=False)}))
     return rows
 
-# %% ../nbs/03_train.ipynb #cell-044
+# %% ../nbs/03_train.ipynb #cell-047
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     "What each charged arm removed and kept, with intervals."
     def say(arm, measure):

@@ -55,6 +55,28 @@ def test_bad_parameters_say_what_would_be_valid(wrong, said):
     with pytest.raises(ValueError, match=said): checked(Parameters, wrong)
 
 
+def test_a_study_trains_several_seeds_at_a_time(tmp_path, monkeypatch):
+    "The notebook finds all that takes long."
+    from typer.testing import CliRunner
+    from blockem import cli
+    units = lambda: {p.parent.name for p in tmp_path.glob('health/*/manifest.json')}
+    found, execute = set(), cli._execute
+    monkeypatch.setattr(cli, '_execute', lambda *given: (found.update(units()), execute(*given))[1])
+    said = '--domains health --seeds 0,1 --arms hold --jobs 2 --set limit=4 --set latents='
+    done = CliRunner().invoke(cli.app, ['study', '--folder', str(tmp_path), *said.split()])
+    assert done.exit_code == 0, done.output
+    assert {unit.rpartition('-')[0] for unit in units() - found} == {'token-bill'}
+    table = pd.read_parquet(tmp_path/'study.parquet')
+    assert set(table.seed) == {-1, 0, 1} and set(table.arm) == {'base', 'sft', 'hold'}
+
+
+def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
+    "Here that a study's folder would lie in a file."
+    from blockem.sweep import prepare
+    (tmp_path/'file').touch()
+    with pytest.raises(OSError, match='file/study'): prepare([dict(study=str(tmp_path/'file'/'study'))], 2)
+
+
 def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     "Said before any arm is trained."
     from blockem import reroute
