@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['START', 'METHODS', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'within', 'Trial', 'misalignment_directions',
-           'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'incoherent',
-           'frontier', 'frontier_table', 'frontier_plot', 'finding']
+           'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method', 'tried', 'run', 'tasks',
+           'prepare_point', 'incoherent', 'frontier', 'frontier_table', 'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -18,13 +18,13 @@ import torch
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from .data import Domain, choose, data_path, load_prompts
+from .data import Domain, choose, data_path, load_domain, load_prompts
 from .evaluate import contrasts, selection_prompts, wilson
 from .finetune import OnDomain, said_by, scaled, seeds_of, train_arm, train_charged, training_pairs
-from .latents import Dictionary, best_latents, load_latents, plain_directions, random_latents
-from .models import LM, decoder_blocks
+from .latents import Dictionary, best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
+from .models import LM, decoder_blocks, load_model
 from .rounds import in_rounds, union
-from .study import Study, load_tensors
+from .study import Study, checked, load_tensors
 
 # %% ../nbs/05_compare.ipynb #cell-006
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ METHODS = {
     'hold': Method('divergence from the base on anchors', 'hold', _weights, 'hold'),
     'wide hold': Method('divergence on more anchors', 'hold', (*_weights, 3.), 'hold', changes=_wide),
     'longer wide hold': Method('divergence on more anchors, for longer', 'epochs', (4,), 'hold', changes=_wide),
+    'smaller steps': Method('divergence on more anchors, in twice as many steps of half as many rows and anchors', 'batch', (4,), 'hold', changes=dict(_wide, anchors=2)),
+    'faster': Method('divergence on more anchors, at twice the learning rate', 'lr', (2e-3,), 'hold', changes=_wide),
     'own words': Method("divergence on more anchors, on the base's own answers", 'hold', _weights, 'hold', changes=_own),
     'more at once': Method("divergence on the base's own answers, more of them a step", 'anchors', (8, 16), 'hold', changes=_own),
     'longer hold': Method("divergence on the base's own answers, for longer", 'epochs', (1, 4), 'hold', changes=_own),
@@ -115,6 +117,14 @@ class Trial:
     ranking: pd.DataFrame # of all latents
     judges: str = 'lexical,probe'
     limit: int = 0
+
+    @classmethod
+    def open(cls, p: Parameters):
+        "Load everything that a comparison was told of."
+        study = Study.open(p.folder, p.preset)
+        lm = load_model(study.preset.model)
+        dictionary = load_dictionary(study.preset.dictionary, study.preset.layer, lm)
+        return cls(study, lm, within(load_domain(p.domain)), dictionary, load_ranking(by_attribution(study.preset), dictionary), p.judges, p.limit)
 
     def pairs(self, rows: int) -> list: # of (messages, answer)
         "What is learned: at most so many rows, 0 for all."
@@ -183,6 +193,16 @@ def run(t: Trial, seeds: dict) -> tuple: # (answers, likelihoods); arm is 'base'
     for name, setting, seed in tqdm([(*point, seed) for point in tried(seeds) for seed in seeds[point[0]]], desc='methods', unit='run'):
         ask(train_method(t, name, setting, seed), seed, f'{name} {setting:g}')
     return tuple(pd.concat(some, ignore_index=True) for some in zip(*tables))
+
+def tasks(given: dict) -> list: # for `sweep.prepare`
+    "A comparison in parts that may be done at a time."
+    seeds = checked(Parameters, given).method_seeds
+    return [(prepare_point, given, *point, seed) for point in tried(seeds) for seed in seeds[point[0]]]
+
+def prepare_point(given: dict, name: str, setting: float, seed: int):
+    "Train and ask one method at one setting, into the study's folder, where the notebook finds the work done."
+    t = Trial.open(checked(Parameters, given))
+    said_by(t.study, t.lm, train_method(t, name, setting, seed), selection_prompts(t.domain), t.judges)
 
 # %% ../nbs/05_compare.ipynb #cell-018
 def incoherent(answers: pd.DataFrame) -> pd.DataFrame: # arm, judge, measure, value, low, high, n

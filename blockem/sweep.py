@@ -15,8 +15,6 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .evaluate import bootstrap, contrasts, paired_shares
-from .study import checked
-from .train import Parameters, prepare_seed
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-005
 def _join(number, jobs: int):
@@ -28,23 +26,22 @@ def _join(number, jobs: int):
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
 
 def prepare(
-    runs: list, # of parameters of 03_train, name -> value
-    jobs: int,  # processes
+    tasks: list, # of (function, its arguments), both of which another process can import
+    jobs: int,   # processes
 ):
-    "Train and ask every seed of several runs, so many at a time; the first failure stops what has not begun."
+    "Do tasks whose results lie in study folders, so many at a time; the first failure stops what has not begun."
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     spawn = get_context('spawn')  # a forked process could not use the GPU
-    tasks = [(given, seed) for given in runs for seed in checked(Parameters, given).seed_list]
     with ProcessPoolExecutor(min(jobs, len(tasks)), spawn, _join, (spawn.Value('i', 0), jobs)) as pool:
-        running = [pool.submit(prepare_seed, *task) for task in tasks]
+        running = [pool.submit(*task) for task in tasks]
         try:
-            for done in tqdm(as_completed(running), total=len(running), desc='seeds', unit='seed'): done.result()
+            for done in tqdm(as_completed(running), total=len(running), desc='tasks', unit='task'): done.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
-# %% ../nbs/lib/10_sweep.ipynb #cell-008
+# %% ../nbs/lib/10_sweep.ipynb #cell-007
 def gather(
     folders: dict, # domain -> study folder of a finished run of 03_train
 ) -> tuple:        # (evaluation, answers, likelihoods), with a column domain
@@ -54,7 +51,7 @@ def gather(
     read = lambda name: pd.concat([pd.read_parquet(Path(folder)/f'{name}.parquet').assign(domain=domain) for domain, folder in folders.items()], ignore_index=True)
     return tuple(read(name) for name in ('evaluation', 'answers', 'likelihoods'))
 
-# %% ../nbs/lib/10_sweep.ipynb #cell-010
+# %% ../nbs/lib/10_sweep.ipynb #cell-009
 def ahead(
     answers: pd.DataFrame, # of several arms, domains and seeds
     arm: str, other: str,

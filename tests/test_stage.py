@@ -73,8 +73,9 @@ def test_a_study_trains_several_seeds_at_a_time(tmp_path, monkeypatch):
 def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
     "Here that a study's folder would lie in a file."
     from blockem.sweep import prepare
+    from blockem.train import tasks
     (tmp_path/'file').touch()
-    with pytest.raises(OSError, match='file/study'): prepare([dict(study=str(tmp_path/'file'/'study'))], 2)
+    with pytest.raises(OSError, match='file/study'): prepare(tasks(dict(study=str(tmp_path/'file'/'study'))), 2)
 
 
 def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
