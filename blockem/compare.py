@@ -80,7 +80,7 @@ class Parameters(OnDomain):
     domain: str = 'finance'
     methods: str = ''
     seeds: str|int = '0,1,2'
-    repeated: str = 'plain block,anchored block,hold,wide hold,own words,good answers,both with own words'
+    repeated: str = 'plain block,anchored block,hold,wide hold,smaller steps,own words,good answers,both with own words'
 
     @property
     def seed_list(self) -> list: # of int
