@@ -94,6 +94,7 @@ def compare(
     jobs: int=JOBS,
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any parameter of the notebook, e.g. limit=10'),
 ):
+    "Run 05_compare, its points several at a time."
     from blockem.compare import tasks
     from blockem.sweep import prepare
     given = dict(map(_setting, set_))

@@ -20,10 +20,12 @@ from .evaluate import bootstrap, contrasts, paired_shares
 def _join(number, jobs: int):
     "Make this process one of several: a GPU in turn, a share of the cores, and no progress bars of its own."
     import torch
+    from transformers.utils import logging
     with number: mine, number.value = number.value, number.value + 1
     if torch.cuda.is_available(): torch.cuda.set_device(mine % torch.cuda.device_count())
     torch.set_num_threads(max(1, (os.cpu_count() or 1)//jobs))
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    logging.disable_progress_bar()
 
 def prepare(
     tasks: list, # of (function, its arguments), both of which another process can import

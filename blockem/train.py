@@ -87,7 +87,8 @@ class Plan:
         "Load everything that a run was told of."
         study = Study.open(p.folder, p.preset, epochs=p.epochs)
         lm, shipped = load_model(study.preset.model), study.preset.latents
-        dictionary, source = load_dictionary(study.preset.dictionary, study.preset.layer, lm), project_root()/p.latents if p.latents else shipped
+        dictionary = load_dictionary(study.preset.dictionary, study.preset.layer, lm)
+        source = project_root()/p.latents if p.latents else shipped
         latents = load_latents(source, dictionary)
         ranking = load_ranking(source if 'ranking_sha256' in latents.facts else shipped, dictionary)
         return cls(study, lm, load_domain(p.domain), dictionary, ranking, latents, p.judges, p.lam, p.limit, p.arm_list)
