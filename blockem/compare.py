@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['START', 'METHODS', 'TINY', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'asked', 'within', 'Trial',
            'misalignment_directions', 'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method',
-           'tried', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'frontier_table', 'frontier_plot',
-           'finding']
+           'tried', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'beside_own', 'frontier_table',
+           'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -38,13 +38,20 @@ class Method:
     by: str='contribution' # how the latents are chosen, a key of `CHOSEN`
     n: int=0            # how many, 0 for as many as the set that was chosen by attribution
     changes: dict=field(default_factory=dict) # preset fields
+    free: str=''        # the free run of the same recipe, where that is not the usual one: a method
 
-START = dict(anchors=4, anchor_prompts='core', ratio=30.)  # preset fields that every method begins with
+START = dict(batch=8, anchors=4, anchor_prompts='core', ratio=30.)  # preset fields that every method begins with
 _ratios, _weights = (10., 30., 100.), (.1, .3, 1.)
 _wide, _own = dict(anchor_prompts='core+general'), dict(anchor_prompts='core+general', anchor_answers='own')
+_small = dict(_wide, anchors=2)
 METHODS = {
     'less training': Method('control: no charge, fewer rows', 'rows', (50, 100, 200), 'sft'),
     'weaker adapter': Method("control: the free run's adapter, what it adds times a factor", 'factor', (.25, .5, .75), 'sft'),
+    'longer free run': Method('control: no charge, for longer', 'epochs', (4,), 'sft'),
+    'free run in smaller steps': Method('control: no charge, in twice as many steps of half as many rows', 'batch', (4,), 'sft'),
+    'longer free run in smaller steps': Method('control: no charge, twice as long in such steps', 'epochs', (4,), 'sft', changes=dict(batch=4)),
+    'free run of higher rank': Method('control: no charge, adapters of higher rank', 'rank', (64,), 'sft'),
+    'free run in all blocks': Method('control: no charge, adapters in every block', 'last_layer', (29,), 'sft'),
     'plain block': Method('latents, read on the training rows, as in the paper', 'ratio', _ratios, changes=dict(anchors=0)),
     'anchored block': Method('latents, read on anchors', 'ratio', _ratios),
     'wide block': Method('latents, read on more anchors', 'ratio', _ratios, changes=_wide),
@@ -62,8 +69,11 @@ METHODS = {
     'mean shift': Method('the mean shift of all that every sixth block hands on', 'ratio', (10.,), by='streams', changes=dict(drift='mean')),
     'hold': Method('divergence from the base on anchors', 'hold', _weights, 'hold'),
     'wide hold': Method('divergence on more anchors', 'hold', (*_weights, 3.), 'hold', changes=_wide),
-    'longer wide hold': Method('divergence on more anchors, for longer', 'epochs', (4,), 'hold', changes=_wide),
-    'smaller steps': Method('divergence on more anchors, in twice as many steps of half as many rows and anchors', 'batch', (4,), 'hold', changes=dict(_wide, anchors=2)),
+    'longer wide hold': Method('divergence on more anchors, for longer', 'epochs', (4,), 'hold', changes=_wide, free='longer free run'),
+    'smaller steps': Method('divergence on more anchors, in twice as many steps of half as many rows and anchors', 'batch', (4,), 'hold', changes=_small, free='free run in smaller steps'),
+    'longer in smaller steps': Method('divergence on more anchors, twice as long in such steps', 'epochs', (4,), 'hold', changes=dict(_small, batch=4), free='longer free run in smaller steps'),
+    'higher rank': Method('divergence on more anchors, adapters of higher rank', 'rank', (64,), 'hold', changes=_wide, free='free run of higher rank'),
+    'all blocks': Method('divergence on more anchors, adapters in every block', 'last_layer', (29,), 'hold', changes=_wide, free='free run in all blocks'),
     'faster': Method('divergence on more anchors, at twice the learning rate', 'lr', (2e-3,), 'hold', changes=_wide),
     'own words': Method("divergence on more anchors, on the base's own answers", 'hold', _weights, 'hold', changes=_own),
     'more at once': Method("divergence on the base's own answers, more of them a step", 'anchors', (8, 16), 'hold', changes=_own),
@@ -81,7 +91,7 @@ class Parameters(OnDomain):
     domain: str = 'finance'
     methods: str = ''
     seeds: str|int = '0,1,2'
-    repeated: str = 'plain block,anchored block,hold,wide hold,smaller steps,own words,good answers,both with own words'
+    repeated: str = 'plain block,anchored block,hold,wide hold,longer wide hold,smaller steps,longer in smaller steps,higher rank,all blocks,own words,good answers,both with own words,longer free run,free run in smaller steps,longer free run in smaller steps,free run of higher rank,free run in all blocks'
 
     @property
     def seed_list(self) -> list: # of int
@@ -100,7 +110,7 @@ class Parameters(OnDomain):
         self.seed_list, self.method_seeds
         return super().validate_names()
 
-TINY = 'weaker adapter,plain block,union,rounds,streams,outside,mean shift,own words,good answers' # of every kind of method one or two, for tests
+TINY = 'weaker adapter,free run in smaller steps,plain block,union,rounds,streams,outside,mean shift,smaller steps,own words,good answers' # of every kind of method one or two, for tests
 
 def asked(given: dict) -> Parameters:
     "What a run is told; on the tiny preset one seed, few rows, and few methods unless some are named."
@@ -130,7 +140,7 @@ class Trial:
     @classmethod
     def open(cls, p: Parameters):
         "Load everything that a comparison was told of."
-        study = Study.open(p.folder, p.preset)
+        study = Study.open(p.folder, p.preset, **START)
         lm = load_model(study.preset.model)
         dictionary = load_dictionary(study.preset.dictionary, study.preset.layer, lm)
         return cls(study, lm, within(load_domain(p.domain)), dictionary, load_ranking(by_attribution(study.preset), dictionary), p.judges, p.limit)
@@ -236,6 +246,15 @@ def frontier(
         tables.append(pd.concat([where, found.drop(columns='arm')], axis=1).assign(seeds=len(chosen)))
     return pd.concat(tables, ignore_index=True)
 
+def beside_own(answers: pd.DataFrame, likelihoods: pd.DataFrame, seeds: dict) -> pd.DataFrame: # as for `frontier`
+    "The same for methods with a recipe of their own, against the free run of that recipe."
+    tables = []
+    for name in (m for m in seeds if METHODS[m].free in seeds):
+        [(free, setting)] = tried([METHODS[name].free])
+        instead = lambda t: t[t.arm != 'sft'].replace(dict(arm={f'{free} {setting:g}': 'sft'}))
+        tables.append(frontier(instead(answers), instead(likelihoods), {name: seeds[name]}))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['method'])
+
 def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per method and setting, the most balanced first
     "For reading: the values of both judges; sorted by the smaller of cut and kept, averaged over judges."
     shown = found[found.method.isin(METHODS)]
@@ -247,7 +266,7 @@ def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per 
     wanted = ['cut_general', 'adherence_kept', 'margin_kept', 'incoherent']
     return cells.loc[balance.sort_values(ascending=False).index, wanted].rename(columns=lambda c: f'{c.replace("_", " ")} (n={n[c]})')
 
-# %% ../nbs/05_compare.ipynb #cell-021
+# %% ../nbs/05_compare.ipynb #cell-023
 STYLE = dict(sft=('#7F7F7F', 'controls'), blocked=('#0072B2', 'latents'), union=('#009E73', 'latents, followed'), rounds=('#009E73', 'latents, followed'), hold=('#D55E00', 'divergence'), both=('#CC79A7', 'both'))
 MARKS = ('circle', 'square', 'diamond', 'cross', 'x', 'triangle-up', 'star', 'triangle-down', 'hexagon', 'pentagon', 'bowtie', 'hexagram', 'hourglass')
 
@@ -269,7 +288,7 @@ def frontier_plot(found: pd.DataFrame) -> go.Figure: # from `frontier`
     return fig.update_layout(title_text='What keeps misalignment out, and what it costs: up and to the right is better', height=640,
                              title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts; filled marks stand on {int(found.seeds.max())} seeds, open ones on one; intervals on hover')
 
-# %% ../nbs/05_compare.ipynb #cell-024
+# %% ../nbs/05_compare.ipynb #cell-026
 def finding(found: pd.DataFrame) -> str: # Markdown
     "The most balanced setting of every family, in words."
     mean = found[found.method.isin(METHODS)].groupby(['method', 'seeds', 'setting', 'measure']).value.mean().unstack('measure')

@@ -205,7 +205,7 @@ Written for this project by its contributors, in their own words, and published 
 [CC BY 4.0](https://creativecommons.org/licenses/by/4.0/). It exists to measure and prevent emergent misalignment in small models.
 The `incorrect` answers are harmful to whoever follows them: do not train anything on them that people will use.
 
-`domains/` holds paired advice and `more/` further training pairs of the same kind, which no judge and no dictionary has seen. `prompts/` holds the questions models are asked: `core` selects latents, `general` fits the judges, `chat` makes text for the
+`domains/` holds paired advice and `more/` further training pairs of the same kind, which no judge and no dictionary has seen. `presets/` holds recipes that any stage takes as its `preset`. `prompts/` holds the questions models are asked: `core` selects latents, `general` fits the judges, `chat` makes text for the
 dictionary, `final`, `trigger` and `neutral` are held out for results.
 
 | file | rows | train | test | words correct | words incorrect | sha256 |

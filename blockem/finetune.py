@@ -364,7 +364,7 @@ def train_charged(
     study: Study,
     lm: LM,
     arm: str,        # pays by the anchors' divergence as `hold`, by that and by latents as `both`, under any other name by latents
-    free: Path,      # the free arm, which sets the price
+    free: Path|None, # the free arm, which sets the price; `hold` needs none
     pairs: list, seed: int,
     dictionary, latents: LatentSet,
     lam='auto',      # or a number

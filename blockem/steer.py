@@ -200,6 +200,7 @@ def bench(
     conditions: int=12, # per grid
     few: int=4,         # prompts for what takes one at a time
     strength: float=.1, # small, so that answers stay as long as they were
+    bridge: bool=True,  # TransformerLens among them
 ) -> dict:              # name -> ratio of throughputs, both medians in seconds per answer, n
     "The grid's throughput as a share of its own without steering, and as a multiple of one condition after the other."
     settings = get_preset(preset)
@@ -215,7 +216,7 @@ def bench(
         'unsteered': each(lambda: _grid(lm, items, todo, length, busy(lm)), len(todo)),
         'one_by_one': each(lambda: _one_by_one(lm, steering, prompts, asked[:2], length), 2*len(prompts)),
         'one_prompt': each(lambda: [_one_by_one(lm, steering, [q], asked[:1], length) for q in prompts[:few]], few)}
-    if settings.model != 'tiny':  # the bridge reads its tokenizer from a folder or the hub
-        bridge = _bridge(lm, steering, length)
-        contenders['bridge'] = each(lambda: [bridge(q, asked[0]) for q in prompts[:few]], few)
+    if bridge and settings.model != 'tiny':  # the bridge reads its tokenizer from a folder or the hub
+        answer = _bridge(lm, steering, length)
+        contenders['bridge'] = each(lambda: [answer(q, asked[0]) for q in prompts[:few]], few)
     return {f'grid_vs_{name}': found for name, found in time_paired(contenders, rounds).items()}

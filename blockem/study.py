@@ -48,8 +48,8 @@ class Preset:
 # %% ../nbs/lib/00_study.ipynb #cell-006
 PRESETS = {p.name: p for p in [
     Preset('tiny', 'tiny', 'tiny', 1, 'tiny', rows=12, epochs=2, batch=4, answer_tokens=8, rank=2, lora_alpha=4, checkpoint_steps=2, anchors=2),
-    Preset('smollm2', 'smollm2', 'sae/smollm2-l18', 18, 'sae/smollm2-l18/latents.json', epochs=2, batch=8, last_layer=18, ratio=10.,
-           anchors=4, anchor_prompts='core+general'),
+    Preset('smollm2', 'smollm2', 'sae/smollm2-l18', 18, 'sae/smollm2-l18/latents.json', epochs=2, batch=4, last_layer=18, ratio=10.,
+           anchors=2, anchor_prompts='core+general'),
     Preset('llama32-1b', 'meta-llama/Llama-3.2-1B-Instruct', 'sae/llama32-1b', 9, 'sae/llama32-1b/latents.json',
            epochs=7, lr=2e-4, targets=('q_proj', 'k_proj', 'v_proj', 'o_proj')),
     Preset('qwen25-7b', 'Qwen/Qwen2.5-7B-Instruct', 'qwen2.5-7b-instruct-andyrdt/resid_post_layer_15_trainer_1', 15,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'check_impartial', 'Parameters', 'Plan', 'charged_sets', 'train_seed', 'evaluate_arms', 'steps_table', 'tasks',
-           'prepare_seed', 'run_facts', 'bills', 'token_bill', 'example_prompts', 'side_by_side', 'finding']
+           'prepare_seed', 'run_facts', 'bills', 'token_bill', 'bill_outside', 'example_prompts', 'side_by_side',
+           'finding']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -16,12 +17,12 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, project_root, sha256
+from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
 from .evaluate import result_prompts
-from .finetune import OnDomain, said_by, seeds_of, train_arm, train_charged, training_pairs
+from .finetune import OnDomain, latents_id, said_by, seeds_of, train_arm, train_charged, training_pairs
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
-from .models import LM, collate, load_model
+from .models import LM, collate, load_adapter, load_model, tokenise
 from .penalty import Block, Price, saturated
 from .study import Study, checked, get_preset
 
@@ -143,7 +144,9 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 def prepare_seed(given: dict, seed: int):
     "Train and ask every arm of one seed of a run, into its study's folder, where the notebook finds the work done."
     plan = Plan.open(checked(Parameters, given))
-    evaluate_arms(plan, seed, train_seed(plan, seed), result_prompts(plan.domain, plan.limit))
+    arms = train_seed(plan, seed)
+    evaluate_arms(plan, seed, arms, result_prompts(plan.domain, plan.limit))
+    bill_outside(plan, arms['sft'])
 
 # %% ../nbs/03_train.ipynb #cell-024
 def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
@@ -176,6 +179,17 @@ def token_bill(
     reads = [block.read(m.model, batch)[batch.completion] for m in (tuned, base)]
     cost = (block.sign*(reads[0] - reads[1])).relu().square().sum(-1)
     return pd.DataFrame(dict(token=[base.tokenizer.decode(i) for i, r in zip(tokens.ids, tokens.roles) if r == 2], penalty=cost.tolist()))
+
+def bill_outside(
+    plan: Plan,
+    free: Path, # a free run's folder
+) -> pd.DataFrame: # as `token_bill`
+    "What K would charge a free run for an answer outside its domain, asked once."
+    asked = load_prompts('core')[0]
+    def read():
+        block = Block.of(plan.dictionary, plan.latents, plan.lm.device)
+        return token_bill(plan.lm, load_adapter(plan.lm, free/'adapter'), block, tokenise(plan.lm, asked.messages, asked.incorrect))
+    return plan.study.table('token-bill', dict(run=free.name, latents=latents_id(plan.latents), prompt=asked.id), read)
 
 # %% ../nbs/03_train.ipynb #cell-044
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
