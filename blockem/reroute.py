@@ -196,7 +196,7 @@ def course_plot(found: pd.DataFrame) -> go.Figure: # from `course`, with a colum
         fig.add_scatter(x=[*rows.steps, *rows.steps[::-1]], y=[*rows.high, *rows.low[::-1]], fill='toself', fillcolor=band, mode='lines', line_width=0, hoverinfo='skip', showlegend=False, **at)
         fig.add_scatter(x=rows.steps, y=rows.value, mode='lines+markers', line=dict(color=colour, dash=dash), name=f'{name}, {judge}', showlegend=arm == arms[0], hovertemplate=f'{arm}, step %{{x}}: %{{y:.0%}}<extra></extra>', **at)
     fig.update_xaxes(title='optimiser steps').update_yaxes(tickformat='.0%').update_yaxes(title='cut, kept: of the free run at the same step', col=1)
-    return fig.update_layout(title_text='What is held as fine-tuning goes on', title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts')
+    return fig.update_layout(width=960, margin_t=115, title_text='What is held as fine-tuning goes on', title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts')
 
 # %% ../nbs/04_reroute.ipynb #cell-024
 def at_fewer(
