@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START', 'METHODS', 'TINY', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'asked', 'within', 'Trial',
            'misalignment_directions', 'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method',
-           'tried', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'beside_own', 'frontier_table',
+           'tried', 'points', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'beside_own', 'frontier_table',
            'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
@@ -204,19 +204,22 @@ def tried(names) -> list: # of (method, setting)
     "All settings of some methods."
     return [(name, setting) for name in names for setting in METHODS[name].values]
 
+def points(seeds: dict) -> list: # of (method, setting, seed)
+    "Everything to train beside the free runs."
+    return [(*point, seed) for point in tried(seeds) for seed in seeds[point[0]]]
+
 def run(t: Trial, seeds: dict) -> tuple: # (answers, likelihoods); arm is 'base', 'sft' or method and setting
     "Train and ask everything, every method on its seeds; finished work is read back."
     everyone, tables = sorted({s for some in seeds.values() for s in some}), []
     def ask(folder, seed, arm): tables.append([said.assign(arm=arm, seed=seed) for said in said_by(t.study, t.lm, folder, selection_prompts(t.domain), t.judges)])
     for seed in everyone: ask(None, seed, 'base'), ask(train_free(t, seed), seed, 'sft')
-    for name, setting, seed in tqdm([(*point, seed) for point in tried(seeds) for seed in seeds[point[0]]], desc='methods', unit='run'):
+    for name, setting, seed in tqdm(points(seeds), desc='methods', unit='run'):
         ask(train_method(t, name, setting, seed), seed, f'{name} {setting:g}')
     return tuple(pd.concat(some, ignore_index=True) for some in zip(*tables))
 
 def tasks(given: dict) -> list: # for `sweep.prepare`
     "A comparison in parts that may be done at a time."
-    seeds = asked(given).method_seeds
-    return [(prepare_point, given, *point, seed) for point in tried(seeds) for seed in seeds[point[0]]]
+    return [(prepare_point, given, *point) for point in points(asked(given).method_seeds)]
 
 def prepare_point(given: dict, name: str, setting: float, seed: int):
     "Train and ask one method at one setting, into the study's folder, where the notebook finds the work done."
@@ -239,10 +242,10 @@ def frontier(
     "What every method does at every setting, against the free runs of the same seeds."
     tables = []
     for chosen in sorted(set(map(tuple, seeds.values()))):
-        points = {f'{name} {setting:g}': (name, METHODS[name].dial, setting) for name, setting in tried(m for m in seeds if tuple(seeds[m]) == chosen)} | {arm: (arm, '', np.nan) for arm in ('base', 'sft')}
-        ours = lambda t: t[t.seed.isin(chosen) & t.arm.isin(points)]
+        named = {f'{name} {setting:g}': (name, METHODS[name].dial, setting) for name, setting in tried(m for m in seeds if tuple(seeds[m]) == chosen)} | {arm: (arm, '', np.nan) for arm in ('base', 'sft')}
+        ours = lambda t: t[t.seed.isin(chosen) & t.arm.isin(named)]
         found = pd.concat([contrasts(ours(answers), ours(likelihoods)), incoherent(ours(answers))], ignore_index=True)
-        where = pd.DataFrame([points[arm] for arm in found.arm], columns=['method', 'dial', 'setting'])
+        where = pd.DataFrame([named[arm] for arm in found.arm], columns=['method', 'dial', 'setting'])
         tables.append(pd.concat([where, found.drop(columns='arm')], axis=1).assign(seeds=len(chosen)))
     return pd.concat(tables, ignore_index=True)
 
