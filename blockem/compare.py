@@ -191,7 +191,7 @@ def train_method(t: Trial, name: str, setting: float, seed: int) -> Path: # a fo
     "One method at one setting of its dial."
     m = METHODS[name]
     if m.dial == 'factor': return scaled(t.study, train_free(t, seed), setting)
-    study = replace(t.study, preset=replace(t.study.preset, **START | m.changes | ({} if m.dial in ('n', 'most') else {m.dial: setting})))
+    study = replace(t.study, preset=replace(t.study.preset, **m.changes | ({} if m.dial in ('n', 'most') else {m.dial: setting})))
     pairs = t.pairs(study.preset.rows)
     if m.arm == 'sft': return train_arm(study, t.lm, 'sft', pairs, seed)
     free, (dictionary, latents) = train_free(t, seed), CHOSEN[m.by](t, setting if m.dial == 'n' else m.n, seed)

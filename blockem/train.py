@@ -143,10 +143,11 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 
 def prepare_seed(given: dict, seed: int):
     "Train and ask every arm of one seed of a run, into its study's folder, where the notebook finds the work done."
-    plan = Plan.open(checked(Parameters, given))
+    p = checked(Parameters, given)
+    plan = Plan.open(p)
     arms = train_seed(plan, seed)
     evaluate_arms(plan, seed, arms, result_prompts(plan.domain, plan.limit))
-    bill_outside(plan, arms['sft'])
+    if seed == p.seed_list[0]: bill_outside(plan, arms['sft'])  # the notebook shows that of the first seed
 
 # %% ../nbs/03_train.ipynb #cell-024
 def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
