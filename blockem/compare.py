@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['START', 'METHODS', 'TINY', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'Parameters', 'asked', 'within', 'Trial',
            'misalignment_directions', 'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method',
-           'tried', 'points', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'beside_own', 'frontier_table',
-           'frontier_plot', 'finding']
+           'said_in', 'tried', 'points', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'beside_own',
+           'frontier_table', 'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_domain, load_prompts
 from .evaluate import contrasts, selection_prompts, wilson
-from .finetune import OnDomain, said_by, scaled, seeds_of, train_arm, train_charged, training_pairs
+from .finetune import OnDomain, said_by, said_gated, scaled, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
 from .models import LM, decoder_blocks, load_model
 from .rounds import in_rounds, union
@@ -34,7 +34,7 @@ class Method:
     says: str           # what it does
     dial: str           # a preset field, or 'n' (latents), 'most' (latents that are added) or 'factor' (of an adapter)
     values: tuple
-    arm: str='blocked'  # 'sft' charges for nothing, 'blocked' for latents, 'hold' for the anchors' divergence, 'both' for both; 'union' and 'rounds' diagnose and add latents
+    arm: str='blocked'  # 'sft' charges for nothing, 'blocked' for latents, 'hold' for the anchors' divergence, 'both' for both, 'gate' for nothing behind a gate; 'union' and 'rounds' diagnose and add latents
     by: str='contribution' # how the latents are chosen, a key of `CHOSEN`
     n: int=0            # how many, 0 for as many as the set that was chosen by attribution
     changes: dict=field(default_factory=dict) # preset fields
@@ -67,6 +67,7 @@ METHODS = {
     'streams': Method('all that every sixth block hands on', 'ratio', _ratios, by='streams'),
     'outside': Method('all that the dictionary leaves over', 'ratio', (10.,), by='outside'),
     'mean shift': Method('the mean shift of all that every sixth block hands on', 'ratio', (10.,), by='streams', changes=dict(drift='mean')),
+    'gate': Method('no charge: the free run acts where the base recognises the domain', 'gate', (.1, .3, .5, .7, .9), 'gate', changes=_wide),
     'hold': Method('divergence from the base on anchors', 'hold', _weights, 'hold'),
     'wide hold': Method('divergence on more anchors', 'hold', (*_weights, 3.), 'hold', changes=_wide),
     'longer wide hold': Method('divergence on more anchors, for longer', 'epochs', (4,), 'hold', changes=_wide, free='longer free run'),
@@ -91,7 +92,7 @@ class Parameters(OnDomain):
     domain: str = 'finance'
     methods: str = ''
     seeds: str|int = '0,1,2'
-    repeated: str = 'plain block,anchored block,hold,wide hold,longer wide hold,smaller steps,longer in smaller steps,higher rank,all blocks,own words,good answers,both with own words,longer free run,free run in smaller steps,longer free run in smaller steps,free run of higher rank,free run in all blocks'
+    repeated: str = 'plain block,anchored block,gate,hold,wide hold,longer wide hold,smaller steps,longer in smaller steps,higher rank,all blocks,own words,good answers,both with own words,longer free run,free run in smaller steps,longer free run in smaller steps,free run of higher rank,free run in all blocks'
 
     @property
     def seed_list(self) -> list: # of int
@@ -110,7 +111,7 @@ class Parameters(OnDomain):
         self.seed_list, self.method_seeds
         return super().validate_names()
 
-TINY = 'weaker adapter,free run in smaller steps,plain block,union,rounds,streams,outside,mean shift,smaller steps,own words,good answers' # of every kind of method one or two, for tests
+TINY = 'weaker adapter,free run in smaller steps,plain block,gate,union,rounds,streams,outside,mean shift,smaller steps,own words,good answers' # of every kind of method one or two, for tests
 
 def asked(given: dict) -> Parameters:
     "What a run is told; on the tiny preset one seed, few rows, and few methods unless some are named."
@@ -194,11 +195,18 @@ def train_method(t: Trial, name: str, setting: float, seed: int) -> Path: # a fo
     study = replace(t.study, preset=replace(t.study.preset, **m.changes | ({} if m.dial in ('n', 'most') else {m.dial: setting})))
     pairs = t.pairs(study.preset.rows)
     if m.arm == 'sft': return train_arm(study, t.lm, 'sft', pairs, seed)
+    if m.arm == 'gate': return train_gate(study, t.lm, pairs)
     free, (dictionary, latents) = train_free(t, seed), CHOSEN[m.by](t, setting if m.dial == 'n' else m.n, seed)
     following = (t.lm, pairs, dictionary, latents, t.ranking, load_prompts('core'), free, seed)
     if m.arm == 'union': return union(study, *following, setting)[0]
     if m.arm == 'rounds': return in_rounds(replace(study, preset=replace(study.preset, epochs=max(1, study.preset.epochs//2))), *following, 2)[-1][0]
     return train_charged(study, t.lm, m.arm, free, pairs, seed, dictionary, latents)
+
+def said_in(t: Trial, name: str, setting: float, seed: int) -> tuple: # as `said_by`
+    "What one method at one setting says to the selection prompts; trained and asked once."
+    folder, asked = train_method(t, name, setting, seed), (selection_prompts(t.domain), t.judges)
+    if METHODS[name].arm != 'gate': return said_by(t.study, t.lm, folder, *asked)
+    return said_gated(replace(t.study, preset=replace(t.study.preset, gate=setting)), t.lm, folder, train_free(t, seed), *asked)
 
 def tried(names) -> list: # of (method, setting)
     "All settings of some methods."
@@ -211,10 +219,10 @@ def points(seeds: dict) -> list: # of (method, setting, seed)
 def run(t: Trial, seeds: dict) -> tuple: # (answers, likelihoods); arm is 'base', 'sft' or method and setting
     "Train and ask everything, every method on its seeds; finished work is read back."
     everyone, tables = sorted({s for some in seeds.values() for s in some}), []
-    def ask(folder, seed, arm): tables.append([said.assign(arm=arm, seed=seed) for said in said_by(t.study, t.lm, folder, selection_prompts(t.domain), t.judges)])
-    for seed in everyone: ask(None, seed, 'base'), ask(train_free(t, seed), seed, 'sft')
-    for name, setting, seed in tqdm(points(seeds), desc='methods', unit='run'):
-        ask(train_method(t, name, setting, seed), seed, f'{name} {setting:g}')
+    def add(said, seed, arm): tables.append([table.assign(arm=arm, seed=seed) for table in said])
+    for seed in everyone:
+        for arm, folder in (('base', None), ('sft', train_free(t, seed))): add(said_by(t.study, t.lm, folder, selection_prompts(t.domain), t.judges), seed, arm)
+    for name, setting, seed in tqdm(points(seeds), desc='methods', unit='run'): add(said_in(t, name, setting, seed), seed, f'{name} {setting:g}')
     return tuple(pd.concat(some, ignore_index=True) for some in zip(*tables))
 
 def tasks(given: dict) -> list: # for `sweep.prepare`
@@ -223,8 +231,7 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 
 def prepare_point(given: dict, name: str, setting: float, seed: int):
     "Train and ask one method at one setting, into the study's folder, where the notebook finds the work done."
-    t = Trial.open(asked(given))
-    said_by(t.study, t.lm, train_method(t, name, setting, seed), selection_prompts(t.domain), t.judges)
+    said_in(Trial.open(asked(given)), name, setting, seed)
 
 # %% ../nbs/05_compare.ipynb #cell-018
 def incoherent(answers: pd.DataFrame) -> pd.DataFrame: # arm, judge, measure, value, low, high, n
@@ -270,7 +277,7 @@ def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per 
     return cells.loc[balance.sort_values(ascending=False).index, wanted].rename(columns=lambda c: f'{c.replace("_", " ")} (n={n[c]})')
 
 # %% ../nbs/05_compare.ipynb #cell-023
-STYLE = dict(sft=('#7F7F7F', 'controls'), blocked=('#0072B2', 'latents'), union=('#009E73', 'latents, followed'), rounds=('#009E73', 'latents, followed'), hold=('#D55E00', 'divergence'), both=('#CC79A7', 'both'))
+STYLE = dict(sft=('#7F7F7F', 'controls'), blocked=('#0072B2', 'latents'), union=('#009E73', 'latents, followed'), rounds=('#009E73', 'latents, followed'), hold=('#D55E00', 'divergence'), gate=('#332288', 'gate'), both=('#CC79A7', 'both'))
 MARKS = ('circle', 'square', 'diamond', 'cross', 'x', 'triangle-up', 'star', 'triangle-down', 'hexagon', 'pentagon', 'bowtie', 'hexagram', 'hourglass')
 
 def frontier_plot(found: pd.DataFrame) -> go.Figure: # from `frontier`

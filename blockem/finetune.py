@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'OnDomain', 'losses', '
            'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint', 'Charge',
            'copy_adapter', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
            'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model',
-           'scaled', 'auto_lam', 'train_charged', 'said_by', 'bench']
+           'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import Domain, general_pairs, load_domain, load_prompts, project_root, sha256
-from .evaluate import measure
+from .evaluate import measure, write_table
+from .gate import Gate, enough, prompt_means, through, told_apart
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
 from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, unembed
@@ -393,6 +394,43 @@ def said_by(
     return tuple(pd.read_parquet(unit/f'{table}.parquet') for table in ('answers', 'likelihoods'))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-031
+def train_gate(study: Study, lm: LM, pairs: list) -> Path: # folder with gate.safetensors, and apart.parquet from `told_apart`
+    "The gate between the prompts of a domain and the anchors', once."
+    inside, outside = [messages for messages, _ in pairs], [r.messages for r in anchor_rows(study.preset)]
+    def make(folder):
+        read = [prompt_means(to_read(lm), prompts, study.preset.layer) for prompts in (inside, outside)]
+        Gate.fit(*read, study.preset.layer).save(folder/'gate.safetensors')
+        write_table(told_apart(*read), folder/'apart.parquet')
+    read = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
+    return study.work('gate', dict(layer=study.preset.layer) | read, make)
+
+def gate_odds(
+    study: Study,
+    base: LM,
+    gate: Path, # from `train_gate`
+    sets: dict, # name -> rows
+) -> pd.Series: # indexed by prompts and id
+    "Log-odds that prompts belong to a gate's domain, asked once."
+    def ask():
+        g, asked = Gate.load(gate/'gate.safetensors'), [(name, r) for name, rows in sets.items() for r in rows]
+        return pd.DataFrame(dict(prompts=[name for name, _ in asked], id=[r.id for _, r in asked], odds=g.odds(to_read(base), [r.messages for _, r in asked])))
+    key = dict(gate=gate.name, asked=fingerprint({name: [r.messages for r in rows] for name, rows in sets.items()}))
+    return study.table('odds', key, ask).set_index(['prompts', 'id']).odds
+
+def said_gated(
+    study: Study,
+    base: LM,
+    gate: Path,      # from `train_gate`
+    free: Path,      # from `train_arm`
+    sets: dict,      # name -> rows
+    judges: str,
+    at: str='adapter',
+) -> tuple:          # as `said_by`
+    "What a free run says where a gate opens, as the preset has it, and the base where it stays shut; neither is asked again."
+    opens = enough(gate_odds(study, base, gate, sets), study.preset.gate)
+    return tuple(through(opens, *tables) for tables in zip(*(said_by(study, base, folder, sets, judges, at) for folder in (None, free))))
+
+# %% ../nbs/lib/15_finetune.ipynb #cell-034
 def _stepper(lm: LM, preset, items: list, charge: Charge=None): # () -> seconds
     "A function that takes one training step and says how long it took."
     model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer)

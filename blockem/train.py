@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'check_impartial', 'Parameters', 'Plan', 'charged_sets', 'train_seed', 'evaluate_arms', 'steps_table', 'tasks',
-           'prepare_seed', 'run_facts', 'bills', 'token_bill', 'bill_outside', 'example_prompts', 'side_by_side',
-           'finding']
+           'prepare_seed', 'run_facts', 'bills', 'token_bill', 'bill_outside', 'gate_table', 'example_prompts',
+           'side_by_side', 'finding']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -18,8 +18,9 @@ import torch
 from pydantic import Field
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
-from .evaluate import result_prompts
-from .finetune import OnDomain, latents_id, said_by, seeds_of, train_arm, train_charged, training_pairs
+from .evaluate import result_prompts, wilson
+from .finetune import OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
+from .gate import enough, told_apart, words_odds
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
 from .models import LM, collate, load_adapter, load_model, tokenise
@@ -27,7 +28,7 @@ from .penalty import Block, Price, saturated
 from .study import Study, checked, get_preset
 
 # %% ../nbs/03_train.ipynb #cell-006
-ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'both', 'attribution', 'shift', 'random')
+ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'gate', 'both', 'attribution', 'shift', 'random')
 
 def check_impartial(judges: str, latents: Path):
     "Refuse to report by a judge, or on prompts, that chose the latents."
@@ -55,8 +56,8 @@ class Parameters(OnDomain):
 
     @property
     def arm_list(self) -> tuple: # of str
-        "The arms to train and compare, in reading order; by default the control, and what the preset has anchors for."
-        usual = 'correct,hold' if get_preset(self.preset).anchors else 'correct,blocked'
+        "The arms to train and compare, in reading order; by default the controls, and what the preset has anchors for."
+        usual = 'correct,hold,gate' if get_preset(self.preset).anchors else 'correct,blocked,gate'
         wanted = [choose(a.strip(), ARMS[2:], 'arm') for a in (self.arms or usual).split(',') if a.strip()]
         return ('base', 'sft', *[a for a in ARMS if a in wanted])
 
@@ -117,6 +118,7 @@ def train_seed(
     arms = {'sft': train_arm(study, lm, 'sft', bad, seed)}
     if 'correct' in plan.arms and all(r.correct for r in plan.domain.train + plan.domain.more):
         arms['correct'] = train_arm(study, lm, 'correct', training_pairs(plan.domain, 'correct', plan.rows), seed)
+    if 'gate' in plan.arms: arms['gate'] = train_gate(study, lm, bad)
     for arm, latents in charged_sets(plan, seed).items():
         arms[arm] = train_charged(study, lm, arm, arms['sft'], bad, seed, plan.dictionary, latents, plan.lam)
     return {arm: arms[arm] for arm in plan.arms if arm in arms}
@@ -130,12 +132,13 @@ def evaluate_arms(
     "The base and every arm of one seed on some prompt sets."
     tables = [], []
     for arm, folder in ({'base': None} | arms).items():
-        for table, said in zip(tables, said_by(plan.study, plan.lm, folder, sets, plan.judges)): table.append(said.assign(arm=arm, seed=seed))
+        said = said_gated(plan.study, plan.lm, folder, arms['sft'], sets, plan.judges) if arm == 'gate' else said_by(plan.study, plan.lm, folder, sets, plan.judges)
+        for table, found in zip(tables, said): table.append(found.assign(arm=arm, seed=seed))
     return tuple(pd.concat(table, ignore_index=True) for table in tables)
 
 def steps_table(arms: dict, seed: int) -> pd.DataFrame:
-    "The training logs of all arms, long."
-    return pd.concat([pd.read_json(folder/'steps.jsonl', lines=True).assign(arm=arm, seed=seed) for arm, folder in arms.items()])
+    "The training logs of all arms that have one, long."
+    return pd.concat([pd.read_json(folder/'steps.jsonl', lines=True).assign(arm=arm, seed=seed) for arm, folder in arms.items() if arm != 'gate'])
 
 def tasks(given: dict) -> list: # for `sweep.prepare`
     "A run in parts that may be done at a time."
@@ -152,7 +155,7 @@ def prepare_seed(given: dict, seed: int):
 # %% ../nbs/03_train.ipynb #cell-024
 def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
     "What a run was, and how long its training took; written beside its tables."
-    seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for arms in trained.values() for folder in arms.values()]
+    seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for folder in {folder for arms in trained.values() for folder in arms.values()}]
     return dict(preset=plan.study.preset.name, domain=plan.domain.name, seeds=list(trained), judges=plan.judges, lam=plan.lam, limit=plan.limit,
                 precision=plan.lm.precision,
                 latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
@@ -193,6 +196,23 @@ def bill_outside(
     return plan.study.table('token-bill', dict(run=free.name, latents=latents_id(plan.latents), prompt=asked.id), read)
 
 # %% ../nbs/03_train.ipynb #cell-044
+def gate_table(
+    plan: Plan,
+    gate: Path,     # from `train_gate`
+    sets: dict,     # name -> rows
+) -> pd.DataFrame:  # strings; one row per prompt set
+    "The share of every prompt set that a gate opens to, with 95 % intervals: by what the base has read, and by words alone."
+    inside = [messages[-1]['content'] for messages, _ in training_pairs(plan.domain, 'incorrect', plan.rows)]
+    outside, odds, found = [r.prompt for r in anchor_rows(plan.study.preset)], gate_odds(plan.study, plan.lm, gate, sets), {}
+    for how, apart in (('by what the base has read', pd.read_parquet(gate/'apart.parquet')), ('by words alone', told_apart(inside, outside))):
+        for name, side in (('trained on', True), ('anchors', False)): found[name, how] = apart.odds[apart.inside == side]
+    for name, rows in sets.items():
+        found[name, 'by what the base has read'] = odds[name]
+        found[name, 'by words alone'] = words_odds(inside, outside, [r.prompt for r in rows])
+    opened = {place: enough(some, plan.study.preset.gate) for place, some in found.items()}
+    return pd.Series({(f'{name} (n = {len(some)})', how): '{:.0%} [{:.0%}, {:.0%}]'.format(some.mean(), *wilson(some.mean(), len(some))) for (name, how), some in opened.items()}).unstack(sort=False)
+
+# %% ../nbs/03_train.ipynb #cell-047
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
     "Three final prompts by a stated rule: largest, median and smallest rise of the free run's score above the base's."
     shown = answers[(answers.prompts == 'final') & (answers.seed == seed)]
@@ -211,7 +231,7 @@ def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.an
         rows.append(dict(prompt=shown.prompt.iloc[0], why=why, answers=said, verdicts={a: verdict(f) for a, f in shown.groupby('arm', sort=False)}))
     return rows
 
-# %% ../nbs/03_train.ipynb #cell-047
+# %% ../nbs/03_train.ipynb #cell-050
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     "What each charged arm removed and kept, with intervals."
     def say(arm, measure):
@@ -219,7 +239,7 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
         return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = dict(hold='holding', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
+    names = dict(gate='a gate before the free run', hold='holding', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
     parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     if not parts: return 'No arm of this run was held or blocked.'

@@ -28,11 +28,11 @@ def _slim(folder):
 @pytest.mark.parametrize('cwd, notebook', [(ROOT, 'nbs/03_train.ipynb'), (ROOT/'nbs', '03_train.ipynb')], ids=['root', 'nbs'])
 def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     "The same tables appear wherever papermill was called."
-    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,hold,both')
+    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,hold,gate,both')
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_parquet(tmp_path/'study'/'evaluation.parquet')
     assert set(table.domain) == {'health'} and set(table.seed) == {-1, 0, 1}
-    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'both'}
+    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'gate', 'both'}
     assert {'em_rate', 'adherence', 'incoherence', 'refusal', 'margin', 'quality'} == set(table.measure)
     assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
 
@@ -62,12 +62,12 @@ def test_a_study_trains_several_seeds_at_a_time(tmp_path, monkeypatch):
     units = lambda: {p.parent.name for p in tmp_path.glob('health/*/manifest.json')}
     found, execute = set(), cli._execute
     monkeypatch.setattr(cli, '_execute', lambda *given: (found.update(units()), execute(*given))[1])
-    said = '--domains health --seeds 0,1 --arms hold --jobs 2 --set limit=4 --set latents='
+    said = '--domains health --seeds 0,1 --arms hold,gate --jobs 2 --set limit=4 --set latents='
     done = CliRunner().invoke(cli.app, ['study', '--folder', str(tmp_path), *said.split()])
     assert done.exit_code == 0, done.output
     assert units() == found
     table = pd.read_parquet(tmp_path/'study.parquet')
-    assert set(table.seed) == {-1, 0, 1} and set(table.arm) == {'base', 'sft', 'hold'}
+    assert set(table.seed) == {-1, 0, 1} and set(table.arm) == {'base', 'sft', 'hold', 'gate'}
 
 
 def test_the_presets_that_ship_as_files_can_be_given(monkeypatch):
@@ -98,7 +98,7 @@ def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(reroute.Parameters, dict(preset='llama31-8b'))
     assert checked(reroute.Parameters, dict(preset='llama31-8b', arms='blocked')).arm_list == ['blocked']
     assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked')
-    assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold')
+    assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate')
 
 
 def test_discovery_stages_meet_on_disk(tmp_path):
