@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .models import LM, batches, generate, resid_post, tokenise
+from .models import LM, batches, generate, read_once, resid_post, tokenise
 from .study import load_tensors, save_tensors
 
 # %% ../nbs/lib/17_gate.ipynb #cell-005
@@ -32,6 +32,7 @@ def prompt_means(
     "The residual stream after one block, averaged over each prompt's own tokens."
     items, out = [tokenise(lm, p) for p in prompts], [None]*len(prompts)
     for rows, batch in batches(lm, items):
+        batch = read_once(batch)
         own = (batch.roles == 1).to(lm.device)[..., None]
         mean = (resid_post(lm.model, batch, layer).float()*own).sum(1)/own.sum(1)
         for i, x in zip(rows, mean.cpu().numpy()): out[i] = x

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'fast_dtype', 'grouped_attention', 'load_model',
            'Tokens', 'render', 'completion_ids', 'tokenise', 'tokenise_answers', 'Batch', 'collate', 'beside',
-           'batches', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast', 'resid_post',
-           'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said',
-           'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read',
-           'adapted', 'adapter_weights', 'load_adapter']
+           'batches', 'read_once', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast',
+           'resid_post', 'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said',
+           'answers_said', 'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora',
+           'to_read', 'adapted', 'adapter_weights', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, functools, importlib.util, math, os, platform, shutil, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +252,7 @@ class Batch:
     ids: Tensor
     attention: Tensor
     roles: Tensor # -1 where padded
+    system: Tensor|None=None # ids of the system part that all rows begin with, where it is read once and has no place in the others, (time,)
 
     @property
     def completion(self) -> Tensor:
@@ -273,6 +274,7 @@ def beside(
     a: Batch, b: Batch,
 ) -> Batch: # the rows of a, then those of b
     "Two batches as one."
+    if a.system is not None or b.system is not None: raise ValueError('put batches beside each other before their system part is taken out')
     time = max(a.ids.shape[1], b.ids.shape[1])
     wide = lambda x, fill: F.pad(x, (0, time - x.shape[1]), value=fill)
     return Batch(*[torch.cat([wide(getattr(a, name), fill), wide(getattr(b, name), fill)]) for name, fill in (('ids', 0), ('attention', 0), ('roles', -1))])
@@ -292,7 +294,15 @@ def batches(
         chunk.append(i)
     if chunk: yield emit()
 
-# %% ../nbs/lib/02_models.ipynb #cell-028
+# %% ../nbs/lib/02_models.ipynb #cell-027
+def read_once(batch: Batch) -> Batch:
+    "The same batch with the system part that all its rows share taken out, to be read for all of them together; unchanged on a GPU."
+    if len(batch.ids) < 2 or batch.ids.is_cuda or batch.system is not None: return batch
+    shared = ((batch.roles == 0) & (batch.ids == batch.ids[:1])).all(0)
+    n = int(shared.long().cumprod(0).sum())
+    return replace(batch, ids=batch.ids[:, n:], attention=batch.attention[:, n:], roles=batch.roles[:, n:], system=batch.ids[0, :n]) if n else batch
+
+# %% ../nbs/lib/02_models.ipynb #cell-030
 def bare(
     model, # Hugging Face causal LM, or PEFT around it
 ):         # Hugging Face causal LM
@@ -319,7 +329,7 @@ def capture(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/lib/02_models.ipynb #cell-030
+# %% ../nbs/lib/02_models.ipynb #cell-032
 @contextlib.contextmanager
 def changing(
     model,
@@ -335,13 +345,23 @@ def changing(
         for layer, change in changes.items(): hooks.callback(decoder_blocks(model)[layer].register_forward_hook(hook(change)).remove)
         yield
 
-# %% ../nbs/lib/02_models.ipynb #cell-031
+# %% ../nbs/lib/02_models.ipynb #cell-033
 class _Reached(Exception):
     "Raised by a hook to end a forward whose rest nobody needs."
 
 def final_hidden(model, batch: Batch) -> Tensor: # (rows, time, width)
     "Final hidden states, before the unembedding."
-    return bare(model).model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
+    if batch.system is None: return bare(model).model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
+    behind = torch.cat([batch.attention.new_ones(len(batch.ids), len(batch.system)), batch.attention], 1)
+    return bare(model).model(batch.ids, attention_mask=behind, past_key_values=_system_read(model, batch), use_cache=True)[0]
+
+def _system_read(model, batch: Batch): # DynamicCache
+    "Keys and values of the shared system part for every row, as far up as the forward goes."
+    from transformers import DynamicCache
+    read, spread = DynamicCache(), DynamicCache()
+    with contextlib.suppress(_Reached): bare(model).model(batch.system[None], past_key_values=read, use_cache=True)
+    for i, layer in enumerate(read.layers): spread.update(layer.keys.expand(len(batch.ids), -1, -1, -1), layer.values.expand(len(batch.ids), -1, -1, -1), i)
+    return spread
 
 def autocast(model):
     "Arithmetic in `fast_dtype` around float32 weights; the residual stream itself stays float32."
@@ -362,7 +382,7 @@ def resid_post(
         finally: handle.remove()
     return stored[layer]
 
-# %% ../nbs/lib/02_models.ipynb #cell-035
+# %% ../nbs/lib/02_models.ipynb #cell-038
 def preceding(batch: Batch) -> Tensor: # (rows, time), bool
     "The places before the completion tokens, where these are predicted."
     before = batch.completion.roll(-1, 1)
@@ -385,7 +405,7 @@ def completion_log_probs(
     logits = unembed(model, final_hidden(model, batch)[preceding(batch)])
     return -F.cross_entropy(logits, batch.ids[batch.completion], reduction='none')
 
-# %% ../nbs/lib/02_models.ipynb #cell-037
+# %% ../nbs/lib/02_models.ipynb #cell-040
 @dataclass(frozen=True)
 class Start:
     "Prompts that have been read, ready to be continued; rows are padded on the left."
@@ -491,7 +511,7 @@ def generate(
         for i, answer in zip(chunk, answers_said(lm, len(chunk), tokens)): said[i] = answer
     return said
 
-# %% ../nbs/lib/02_models.ipynb #cell-042
+# %% ../nbs/lib/02_models.ipynb #cell-045
 def said_log_probs(
     lm: LM,
     start: Start,  # prompts that have been read
@@ -532,7 +552,7 @@ def margins(
     both = log_prob(lm, pairs)
     return both[:len(rows)] - both[len(rows):]
 
-# %% ../nbs/lib/02_models.ipynb #cell-046
+# %% ../nbs/lib/02_models.ipynb #cell-049
 @contextlib.contextmanager
 def _peft():
     "PEFT without the notice that it asks transformers for something by its old name, which is not the reader's to mend."

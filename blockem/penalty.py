@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .latents import Dictionary, LatentSet, activations, left_over
-from .models import LM, autocast, batches, capture, final_hidden, log_prob, preceding, resid_post
+from .models import LM, autocast, batches, capture, final_hidden, log_prob, preceding, read_once, resid_post
 from .study import Study, load_tensors, save_tensors
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-005
@@ -76,6 +76,7 @@ def base_latents(
     "The blocked latents of a model on given completions."
     out = [None]*len(items)
     for rows, batch in batches(lm, items):
+        batch = read_once(batch)
         with autocast(lm.model): z = block.read(lm.model, batch)
         for i, row, mask in zip(rows, z, batch.completion): out[i] = row[mask]
     return out
@@ -107,6 +108,7 @@ def base_states(
     "Where the base's expectations of given completions come from."
     out = [None]*len(items)
     for rows, batch in batches(lm, items):
+        batch = read_once(batch)
         with autocast(lm.model): hidden = final_hidden(lm.model, batch)
         for i, row, mask in zip(rows, hidden, preceding(batch)): out[i] = row[mask].float()
     return out

@@ -20,14 +20,14 @@ from pydantic import Field
 
 from .data import Domain, choose, load_domain, project_root
 from .evaluate import bootstrap, excess_cut, kept, paired_shares, result_prompts, wilson
-from .finetune import OnDomain, said_by, seeds_of, train_arm, train_charged, training_pairs
+from .finetune import OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latents, load_ranking, reconstruct
 from .models import LM, batches, load_model, margins, resid_post, tokenise
 from .steer import pushing
 from .study import Study, checked, get_preset
 
 # %% ../nbs/04_reroute.ipynb #cell-006
-FOLLOWED = ('blocked', 'hold', 'both')
+FOLLOWED = ('blocked', 'hold', 'gate', 'both')
 
 class Parameters(OnDomain):
     "What a run of this notebook can be told."
@@ -35,7 +35,7 @@ class Parameters(OnDomain):
     seeds: str|int = '0'
     times: int = Field(10, ge=1)
     rounds: int = Field(2, ge=1)
-    arms: str = 'blocked,hold'
+    arms: str = 'blocked,hold,gate'
     latents: str = ''
 
     @property
@@ -110,16 +110,20 @@ def long_run(
     arm: str,  # 'sft' is the free run, or one of `FOLLOWED`
     seed: int,
 ) -> Path:
-    "The long run of one arm and seed, its adapters kept at every look."
+    "The long run of one arm and seed, its adapters kept at every look; `gate` has none, it is what stands before the free run's."
+    if arm == 'gate': return train_gate(long.study, long.lm, long.pairs)
     free = None if arm == 'hold' else train_arm(long.study, long.lm, 'sft', long.pairs, seed, keep=long.looks)
     return free if arm == 'sft' else train_charged(long.study, long.lm, arm, free, long.pairs, seed, long.dictionary, long.latents, at=f'at-{long.looks[0]}', keep=long.looks)
 
 def said_along(
     long: LongRuns,
-    folder: Path|None, # from `long_run`; None is the base
-) -> list:             # of (steps, answers, likelihoods)
+    arm: str,  # as for `long_run`, or 'base'
+    seed: int,
+) -> list:     # of (steps, answers, likelihoods)
     "What a run says at every look, asked once; the base has steps 0."
-    return [(s, *said_by(long.study, long.lm, folder, long.prompts, long.judges, f'at-{s}')) for s in (long.looks if folder else (0,))]
+    runs = [None if arm == 'base' else long_run(long, arm, seed)] + ([long_run(long, 'sft', seed)] if arm == 'gate' else [])
+    say = said_gated if arm == 'gate' else said_by
+    return [(s, *say(long.study, long.lm, *runs, long.prompts, long.judges, f'at-{s}')) for s in ((0,) if arm == 'base' else long.looks)]
 
 def tasks(given: dict) -> list: # for `sweep.prepare`
     "The long runs, that may be made at a time."
@@ -129,7 +133,7 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 def prepare_run(given: dict, arm: str, seed: int):
     "Train one long run and ask its adapters, into the study's folder, where the notebook finds the work done."
     long = LongRuns.open(asked(given))
-    said_along(long, long_run(long, arm, seed))
+    said_along(long, arm, seed)
 
 
 # %% ../nbs/04_reroute.ipynb #cell-015

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .data import load_prompts
 from .latents import Dictionary, encode, load_dictionary
-from .models import LM, autocast, batches, load_model, resid_post, tokenise
+from .models import LM, autocast, batches, load_model, read_once, resid_post, tokenise
 from .study import Discovery, Study, clock, get_preset, time_paired, writing
 
 # %% ../nbs/00_shift.ipynb #cell-006
@@ -58,6 +58,7 @@ def shift_moments(
     zeros = lambda: torch.zeros(len(dictionary), dtype=torch.float64)
     m, wanted = Moments(0, 0, zeros(), zeros(), zeros(), zeros(), zeros()), dict(prompt=1, completion=2)[role]
     for index, batch in batches(base, [tokenise(base, *pair) for pair in pairs]):
+        batch = read_once(batch)
         kept = batch.roles == wanted
         (before, base_active), (after, tuned_active) = (_per_text(lm, dictionary, batch, kept) for lm in (base, tuned))
         moved = (after - before).double().cpu()

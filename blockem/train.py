@@ -115,10 +115,10 @@ def train_seed(
     "Train every arm of one seed."
     study, lm = plan.study, plan.lm
     bad = training_pairs(plan.domain, 'incorrect', plan.rows)
-    arms = {'sft': train_arm(study, lm, 'sft', bad, seed)}
+    arms = {'gate': train_gate(study, lm, bad)} if 'gate' in plan.arms else {}  # first: takes seconds, and stops where there is too little to tell apart
+    arms['sft'] = train_arm(study, lm, 'sft', bad, seed)
     if 'correct' in plan.arms and all(r.correct for r in plan.domain.train + plan.domain.more):
         arms['correct'] = train_arm(study, lm, 'correct', training_pairs(plan.domain, 'correct', plan.rows), seed)
-    if 'gate' in plan.arms: arms['gate'] = train_gate(study, lm, bad)
     for arm, latents in charged_sets(plan, seed).items():
         arms[arm] = train_charged(study, lm, arm, arms['sft'], bad, seed, plan.dictionary, latents, plan.lam)
     return {arm: arms[arm] for arm in plan.arms if arm in arms}

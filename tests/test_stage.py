@@ -97,7 +97,7 @@ def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(Parameters, dict(preset='llama31-8b', arms='correct,hold'))
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(reroute.Parameters, dict(preset='llama31-8b'))
     assert checked(reroute.Parameters, dict(preset='llama31-8b', arms='blocked')).arm_list == ['blocked']
-    assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked')
+    assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked', 'gate')
     assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate')
 
 
@@ -132,7 +132,7 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
         for domain in ('legal', 'health'): _slim(tmp_path/domain)
     assert made[0] == made[1] and len(made[0]) > 8 and not list(tmp_path.glob('**/adapter_model.safetensors'))
     effects = pd.read_parquet(tmp_path/'study_contrasts.parquet')
-    assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'hold', 'blocked', 'random'}
+    assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'hold', 'gate', 'blocked', 'random'}
     assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}
 
 
