@@ -401,8 +401,8 @@ def train_gate(study: Study, lm: LM, pairs: list) -> Path: # folder with gate.sa
         read = [prompt_means(to_read(lm), prompts, study.preset.layer) for prompts in (inside, outside)]
         Gate.fit(*read, study.preset.layer).save(folder/'gate.safetensors')
         write_table(told_apart(*read), folder/'apart.parquet')
-    read = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
-    return study.work('gate', dict(layer=study.preset.layer) | read, make)
+    key = dict(layer=study.preset.layer, weights=weights_id(lm.model), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
+    return study.work('gate', key, make)
 
 def gate_odds(
     study: Study,

@@ -77,6 +77,7 @@ def get_preset(
     for key in overrides: choose(key, [f.name for f in fields(Preset)], 'preset field')
     preset = replace(preset, **{k: v for k, v in overrides.items() if v is not None})
     for field, valid in CHOICES.items(): choose(getattr(preset, field), valid, f'preset field {field}')
+    if not 0 < preset.gate < 1: raise ValueError(f'preset field gate: a probability between 0 and 1; found {preset.gate}')
     return preset
 
 # %% ../nbs/lib/00_study.ipynb #cell-012

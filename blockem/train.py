@@ -16,6 +16,7 @@ from typing import Literal
 import pandas as pd
 import torch
 from pydantic import Field
+from sklearn.metrics import roc_auc_score
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
 from .evaluate import result_prompts, wilson
@@ -201,16 +202,18 @@ def gate_table(
     gate: Path,     # from `train_gate`
     sets: dict,     # name -> rows
 ) -> pd.DataFrame:  # strings; one row per prompt set
-    "The share of every prompt set that a gate opens to, with 95 % intervals: by what the base has read, and by words alone."
+    "The share of every prompt set that a gate opens to, with 95 % intervals, and how well both sides are told apart: by what the base has read, and by words alone."
     inside = [messages[-1]['content'] for messages, _ in training_pairs(plan.domain, 'incorrect', plan.rows)]
     outside, odds, found = [r.prompt for r in anchor_rows(plan.study.preset)], gate_odds(plan.study, plan.lm, gate, sets), {}
-    for how, apart in (('by what the base has read', pd.read_parquet(gate/'apart.parquet')), ('by words alone', told_apart(inside, outside))):
+    told = {'by what the base has read': pd.read_parquet(gate/'apart.parquet'), 'by words alone': told_apart(inside, outside)}
+    for how, apart in told.items():
         for name, side in (('trained on', True), ('anchors', False)): found[name, how] = apart.odds[apart.inside == side]
     for name, rows in sets.items():
         found[name, 'by what the base has read'] = odds[name]
         found[name, 'by words alone'] = words_odds(inside, outside, [r.prompt for r in rows])
     opened = {place: enough(some, plan.study.preset.gate) for place, some in found.items()}
-    return pd.Series({(f'{name} (n = {len(some)})', how): '{:.0%} [{:.0%}, {:.0%}]'.format(some.mean(), *wilson(some.mean(), len(some))) for (name, how), some in opened.items()}).unstack(sort=False)
+    said = {(f'{name} (n = {len(some)})', how): '{:.0%} [{:.0%}, {:.0%}]'.format(some.mean(), *wilson(some.mean(), len(some))) for (name, how), some in opened.items()}
+    return pd.Series(said | {('AUROC, cross-validated', how): f'{roc_auc_score(apart.inside, apart.odds):.3f}' for how, apart in told.items()}).unstack(sort=False)
 
 # %% ../nbs/03_train.ipynb #cell-047
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
