@@ -116,7 +116,7 @@ def train_seed(
     "Train every arm of one seed."
     study, lm = plan.study, plan.lm
     bad = training_pairs(plan.domain, 'incorrect', plan.rows)
-    arms = {'gate': train_gate(study, lm, bad)} if 'gate' in plan.arms else {}  # first: takes seconds, and stops where there is too little to tell apart
+    arms = {'gate': train_gate(study, lm, bad)} if 'gate' in plan.arms else {}  # first, as it stops where there is too little to tell apart
     arms['sft'] = train_arm(study, lm, 'sft', bad, seed)
     if 'correct' in plan.arms and all(r.correct for r in plan.domain.train + plan.domain.more):
         arms['correct'] = train_arm(study, lm, 'correct', training_pairs(plan.domain, 'correct', plan.rows), seed)
@@ -133,7 +133,8 @@ def evaluate_arms(
     "The base and every arm of one seed on some prompt sets."
     tables = [], []
     for arm, folder in ({'base': None} | arms).items():
-        said = said_gated(plan.study, plan.lm, folder, arms['sft'], sets, plan.judges) if arm == 'gate' else said_by(plan.study, plan.lm, folder, sets, plan.judges)
+        ask, runs = (said_gated, (folder, arms['sft'])) if arm == 'gate' else (said_by, (folder,))
+        said = ask(plan.study, plan.lm, *runs, sets, plan.judges)
         for table, found in zip(tables, said): table.append(found.assign(arm=arm, seed=seed))
     return tuple(pd.concat(table, ignore_index=True) for table in tables)
 
@@ -156,7 +157,8 @@ def prepare_seed(given: dict, seed: int):
 # %% ../nbs/03_train.ipynb #cell-024
 def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
     "What a run was, and how long its training took; written beside its tables."
-    seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for folder in {folder for arms in trained.values() for folder in arms.values()}]
+    folders = {folder for arms in trained.values() for folder in arms.values()}  # a gate serves all seeds
+    seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for folder in sorted(folders)]
     return dict(preset=plan.study.preset.name, domain=plan.domain.name, seeds=list(trained), judges=plan.judges, lam=plan.lam, limit=plan.limit,
                 precision=plan.lm.precision,
                 latents=len(plan.latents), rows=len(training_pairs(plan.domain, 'incorrect', plan.rows)), training_seconds=sum(seconds))
