@@ -33,7 +33,7 @@ def prompt_means(
     items, out = [tokenise(lm, p) for p in prompts], [None]*len(prompts)
     for rows, batch in batches(lm, items):
         batch = read_once(batch)
-        own = (batch.roles == 1).to(lm.device)[..., None]
+        own = (batch.roles == 1)[..., None]
         mean = (resid_post(lm.model, batch, layer).float()*own).sum(1)/own.sum(1)
         for i, x in zip(rows, mean.cpu().numpy()): out[i] = x
     return np.stack(out)
@@ -120,10 +120,10 @@ def generate_gated(
 
 def through(
     opened: pd.Series, # bool, indexed by prompts and id
-    shut: pd.DataFrame, open: pd.DataFrame, # the same rows of the base and of the tuned model; columns prompts, id
+    base: pd.DataFrame, tuned: pd.DataFrame, # the same rows of both; columns prompts, id
 ) -> pd.DataFrame:
     "Rows of a table as they come through a gate."
-    named = ['prompts', 'id'] + ['judge']*('judge' in shut)
-    if not shut[named].equals(open[named]): raise ValueError('the base and the tuned model were not asked the same prompts')
-    passed = opened.loc[pd.MultiIndex.from_frame(shut[['prompts', 'id']])].to_numpy()
-    return pd.concat([shut[~passed], open[passed]]).sort_index()
+    named = ['prompts', 'id'] + ['judge']*('judge' in base)
+    if not base[named].equals(tuned[named]): raise ValueError('the base and the tuned model were not asked the same prompts')
+    passed = opened.loc[pd.MultiIndex.from_frame(base[['prompts', 'id']])].to_numpy()
+    return pd.concat([base[~passed], tuned[passed]]).sort_index()

@@ -19,7 +19,7 @@ from pydantic import Field
 from sklearn.metrics import roc_auc_score
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
-from .evaluate import result_prompts, wilson
+from .evaluate import bootstrap, result_prompts, wilson
 from .finetune import OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, told_apart, words_odds
 from .judge import REPORTING, SELECTING, check_judges
@@ -215,7 +215,8 @@ def gate_table(
         found[name, 'by words alone'] = words_odds(inside, outside, [r.prompt for r in rows])
     opened = {place: enough(some, plan.study.preset.gate) for place, some in found.items()}
     said = {(f'{name} (n = {len(some)})', how): '{:.0%} [{:.0%}, {:.0%}]'.format(some.mean(), *wilson(some.mean(), len(some))) for (name, how), some in opened.items()}
-    return pd.Series(said | {('AUROC, cross-validated', how): f'{roc_auc_score(apart.inside, apart.odds):.3f}' for how, apart in told.items()}).unstack(sort=False)
+    area = {how: bootstrap([apart.inside, apart.odds], roc_auc_score, draws=500) for how, apart in told.items()}
+    return pd.Series(said | {(f'AUROC, cross-validated (n = {len(inside) + len(outside)})', how): '{:.3f} [{:.3f}, {:.3f}]'.format(*found) for how, found in area.items()}).unstack(sort=False)
 
 # %% ../nbs/03_train.ipynb #cell-047
 def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
