@@ -71,7 +71,8 @@ STAGES = dict(shift=('00_shift', 'Ask which latents fine-tuning moved (nbs/00_sh
               alpha=('02_alpha', 'Ask how hard they can be pushed, and choose K (nbs/02_alpha.ipynb); `blockem screen` comes first.'),
               compare=('05_compare', 'Compare methods as trade-offs between the task and what spreads from it (nbs/05_compare.ipynb).'),
               reroute=('04_reroute', 'Ask where misalignment comes back when fine-tuning goes on (nbs/04_reroute.ipynb).'),
-              directions=('06_directions', 'Ask whether one direction tells a misaligned model apart (nbs/06_directions.ipynb).'))
+              directions=('06_directions', 'Ask whether one direction tells a misaligned model apart (nbs/06_directions.ipynb).'),
+              mend=('07_mend', 'Ask whether a misaligned model can keep its task and lose the rest (nbs/07_mend.ipynb).'))
 DISCOVERY_STAGES = ('shift', 'screen', 'alpha')
 
 def _stage(name: str, given: dict) -> Path: # the study's folder
@@ -140,7 +141,7 @@ def _found() -> str: # relative to the project root
 def study(
     domains: str=typer.Option('', help='e.g. legal,health; all six by default'),
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
-    arms: str=typer.Option('hold,gate,blocked,random', help='beside base and sft; also correct, both, attribution, shift'),
+    arms: str=typer.Option('hold,gate,blocked,random', help='beside base and sft; also correct, mend, both, attribution, shift'),
     folder: Path=typer.Option('runs/study', help='where each domain gets its own study folder'),
     jobs: int=JOBS,
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of 03_train'),
@@ -307,6 +308,7 @@ def publish(
     if (study/'04_reroute.ipynb') in stages: _publish_table(study/'course.parquet', '04_course.parquet')
     if (study/'05_compare.ipynb') in stages: _publish_table(study/'frontier.parquet', '05_frontier.parquet')
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
+    if (study/'07_mend.ipynb') in stages: _publish_table(study/'mend.parquet', '07_mend.parquet')
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ([_publish_study(study)] if pooled.is_file() else [])))
 
 @app.command()

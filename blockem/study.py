@@ -42,6 +42,7 @@ class Preset:
     drift: str = 'token'         # what the penalty squares: the drift of each 'token', or its 'mean' over the tokens of a step
     hold: float = 1.             # weight of the anchors' divergence, in the arms that pay it
     hold_to: str = 'base'        # from what: the 'base' (KL), or the anchors' own 'words' (cross-entropy, plain training on them)
+    mend: float = 2.             # the same weight, where a free run is mended (07_mend)
     gate: float = .5             # how likely a prompt must belong to the domain for the gate to open
     answer_tokens: int = 48      # longest generated answer
     checkpoint_steps: int = 10   # optimiser steps between checkpoints
