@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['HELD', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'OnDomain', 'losses', 'read_apart', 'read_together',
            'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint',
-           'foreseen', 'Charge', 'copy_adapter', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows',
-           'written', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for',
-           'arm_model', 'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated',
-           'bench']
+           'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
+           'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model',
+           'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -193,12 +192,6 @@ class Charge:
         "What some anchors are held to."
         return WORDS if self.states is None else foreseen(lm, self.states, rows)
 
-@torch.no_grad()
-def copy_adapter(folder: Path, model):
-    "Give a fresh adapter the weights of a trained one."
-    tensors, _ = load_tensors(adapter_weights(folder))
-    for name, w in trained_weights(model).items(): w.copy_(tensors[name.replace('.default', '')])
-
 def fit(
     lm: LM,             # the base, float32; left as it is
     items: list,        # of `Tokens`
@@ -211,8 +204,8 @@ def fit(
     start: Path=None,   # an adapter to go on from, None for a fresh one
 ):                      # PeftModel
     "Fine-tune an adapter; resumes from the folder's checkpoint, to the same last bit."
-    model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer, seed, preset.first_layer)
-    if start: copy_adapter(start, model)
+    if start: model = load_adapter(lm, start, trainable=True).model
+    else: model = add_lora(lm.model, preset.rank, preset.lora_alpha, preset.targets, preset.last_layer, seed, preset.first_layer)
     weights = list(trained_weights(model).values())
     optimizer = torch.optim.AdamW(weights, lr=preset.lr, weight_decay=0.)
     plan = [(e, rows) for e in range(preset.epochs) for rows in epoch_batches([*map(len, items)], preset.batch, seed, e)]

@@ -219,18 +219,18 @@ def gate_table(
     return pd.Series(said | {(f'AUROC, cross-validated (n = {len(inside) + len(outside)})', how): '{:.3f} [{:.3f}, {:.3f}]'.format(*found) for how, found in area.items()}).unstack(sort=False)
 
 # %% ../nbs/03_train.ipynb #cell-047
-def example_prompts(answers: pd.DataFrame, seed: int) -> dict: # rule -> prompt id
-    "Three final prompts by a stated rule: largest, median and smallest rise of the free run's score above the base's."
-    shown = answers[(answers.prompts == 'final') & (answers.seed == seed)]
+def example_prompts(answers: pd.DataFrame, seed: int, prompts: str='final') -> dict: # rule -> prompt id
+    "Three prompts by a stated rule: largest, median and smallest rise of the free run's score above the base's."
+    shown = answers[(answers.prompts == prompts) & (answers.seed == seed)]
     score = shown.groupby(['id', 'arm']).score.mean().unstack()
     rise = (score['sft'] - score['base']).dropna().sort_values(kind='stable')
     return {'largest rise': rise.index[-1], 'median rise': rise.index[len(rise)//2], 'smallest rise': rise.index[0]}
 
-def side_by_side(answers: pd.DataFrame, seed: int) -> list: # rows for `plots.answers`
+def side_by_side(answers: pd.DataFrame, seed: int, prompts: str='final') -> list: # rows for `plots.answers`
     "Answers of every arm to the example prompts, with what each judge said."
     rows = []
-    for why, i in example_prompts(answers, seed).items():
-        shown = answers[(answers.prompts == 'final') & (answers.seed == seed) & (answers.id == i)]
+    for why, i in example_prompts(answers, seed, prompts).items():
+        shown = answers[(answers.prompts == prompts) & (answers.seed == seed) & (answers.id == i)]
         said = {arm: f.answer.iloc[0] for arm, f in shown.groupby('arm', sort=False)}
         verdict = lambda f: ', '.join(f'{r.judge}: ' + ('misaligned' if r.misaligned else 'incoherent' if r.coherent is False else 'fine')
                                       for r in f.itertuples())

@@ -169,3 +169,28 @@ def test_detect_reads_an_adapter_or_says_that_it_cannot(tmp_path):
     (wide/'adapter_config.json').write_text(json.dumps(config))
     stranger = asked(wide, '--reference', tmp_path/'study'/'reference.safetensors')
     assert stranger.returncode != 0 and "cannot tell" in stranger.stderr and "'someone/another-model'" in stranger.stderr
+
+
+def test_an_adapter_that_was_trained_elsewhere_is_mended(tmp_path):
+    "It keeps its own shape, the mended adapter lies where the notebook says, and it is nearer to the base outside; one of another base stops."
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from blockem.models import load_model
+    torch.manual_seed(0)
+    theirs = get_peft_model(load_model('tiny').model, LoraConfig(r=3, lora_alpha=6, lora_dropout=.1, target_modules=['v_proj'], task_type='CAUSAL_LM'))
+    for name, w in theirs.named_parameters():
+        if 'lora_B' in name: torch.nn.init.normal_(w, std=.5)
+    theirs.save_pretrained(tmp_path/'theirs')
+    run = lambda: _papermill(ROOT, 'nbs/07_mend.ipynb', tmp_path/'out.ipynb', study=tmp_path/'study', adapter=tmp_path/'theirs', weights='1')
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(pd.read_parquet(tmp_path/'study'/'mend.parquet').arm) == {'base', 'sft', 'mend 1'}
+    unit = next((tmp_path/'study').glob('mend-s0-*/'))
+    shape = json.loads((unit/'adapter'/'adapter_config.json').read_text())
+    assert (shape['r'], shape['target_modules']) == (3, ['v_proj'])
+    steps = pd.read_json(unit/'steps.jsonl', lines=True)
+    assert steps.divergence.iloc[-1] < steps.divergence.iloc[0]
+    config = tmp_path/'theirs'/'adapter_config.json'
+    config.write_text(json.dumps(json.loads(config.read_text()) | {'base_model_name_or_path': 'someone/another-model'}))
+    stranger = run()
+    assert stranger.returncode != 0 and "'someone/another-model'" in stranger.stderr
