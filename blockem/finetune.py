@@ -327,7 +327,7 @@ def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSe
     key = dict(weights=weights_id(lm.model), precision=lm.precision, data=anchors_id(study))
     compared = hold and study.preset.hold_to == 'base'
     states = cached_base_states(study, lm, items, key) if compared else None
-    return Charge(block, lam, z_base, items, hold, states, taught and base_states(arm_model(lm, taught), [tokenise(lm, *pair) for pair in pairs]))
+    return Charge(block, lam, z_base, items, hold, states, taught and base_states(arm_model(lm, taught), [tokenise(lm, *pair) for pair in pairs]))  # of one run alone, so read again where it resumes
 
 def arm_model(
     lm: LM,

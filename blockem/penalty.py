@@ -102,7 +102,7 @@ def _kept(study: Study, name: str, key: dict, compute, device) -> list: # of ten
 # %% ../nbs/lib/05_penalty.ipynb #cell-018
 @torch.no_grad()
 def base_states(
-    lm: LM,      # the frozen base
+    lm: LM,      # the frozen base; or any other that is to be learned from
     items: list, # of `Tokens`
 ) -> list:       # per item: final hidden states before its completion tokens, (tokens, width), float32
     "Where the base's expectations of given completions come from."
