@@ -33,7 +33,7 @@ from .penalty import Block, Price, base_latents, base_states, cached_base_latent
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-005
-HELD = {'hold', 'both', 'mend'} # arms that pay for the anchors' divergence
+HELD = {'hold', 'late', 'both', 'mend'} # arms that pay for the anchors' divergence
 
 def seeds_of(text) -> list: # of int
     "Seeds from '0,1,2', or one."
@@ -372,8 +372,8 @@ def auto_lam(
 def train_charged(
     study: Study,
     lm: LM,
-    arm: str,        # pays by the anchors' divergence as `hold` and `mend`, by that and by latents as `both`, under any other name by latents
-    free: Path|None, # the free arm, which sets the price, and which `mend` goes on from and is taught by; `hold` needs none
+    arm: str,        # pays by the anchors' divergence as `hold`, `late` and `mend`, by that and by latents as `both`, under any other name by latents
+    free: Path|None, # the free arm, which sets the price, which `late` and `mend` go on from, and by which `mend` is taught; `hold` needs none
     pairs: list, seed: int,
     dictionary, latents: LatentSet,
     lam='auto',      # or a number
@@ -382,6 +382,7 @@ def train_charged(
 ) -> Path:
     "Train one charged arm, once."
     if arm == 'mend': return train_arm(study, lm, arm, pairs, seed, dictionary, latents, 0., study.preset.mend, keep, free, free)
+    if arm == 'late': arm, start = 'hold', free
     if arm == 'hold': lam = 0.
     elif lam == 'auto': lam = auto_lam(study, lm, free, pairs, dictionary, latents, at).lam(study.preset.ratio)
     return train_arm(study, lm, arm, pairs, seed, dictionary, latents, float(lam), study.preset.hold if arm in HELD else 0., keep, start)

@@ -91,11 +91,11 @@ def free_run(t: Trial, seed: int) -> Path:
     return t.study.work('given', key, lambda folder: shutil.copytree(given, folder/'adapter', dirs_exist_ok=True))
 
 def train_all(t: Trial, seed: int, weights: list) -> dict: # name -> folder
-    "The free run of a seed and what mends it; beside a free run of our own, the same held from the first step, and the control."
+    "The free run of a seed and what mends it; beside a free run of our own, the other ways and the control."
     study, free = t.study, free_run(t, seed)
     def charged(study, arm, **more): return train_charged(study, t.lm, arm, free, t.pairs, seed, t.dictionary, t.latents, **more)
     mended = {f'mend {w:g}': charged(replace(study, preset=replace(study.preset, mend=w)), 'mend') for w in weights}
-    others = {} if t.adapter else dict(hold=charged(study, 'hold'), words=charged(study, 'hold', start=free))
+    others = {} if t.adapter else dict(longer=train_arm(study, t.lm, 'sft', t.pairs, seed, start=free), hold=charged(study, 'hold'), late=charged(study, 'late'))
     return dict(sft=free) | others | mended
 
 def ask_all(t: Trial, seed: int, runs: dict) -> tuple: # (answers, likelihoods), columns arm and seed added
@@ -110,7 +110,7 @@ def ask_all(t: Trial, seed: int, runs: dict) -> tuple: # (answers, likelihoods),
 def logs(runs: dict) -> pd.DataFrame: # seed, arm, step, loss, divergence
     "The training logs of everything that pays on anchors."
     read = lambda folder: pd.read_json(folder/'steps.jsonl', lines=True)
-    return pd.concat([read(folder).assign(arm=arm, seed=seed) for seed, some in runs.items() for arm, folder in some.items() if arm != 'sft'], ignore_index=True)
+    return pd.concat([read(folder).assign(arm=arm, seed=seed) for seed, some in runs.items() for arm, folder in some.items() if arm not in ('sft', 'longer')], ignore_index=True)
 
 def mending_plot(steps: pd.DataFrame, window: int=10) -> go.Figure: # from `logs`
     "Divergence outside and inside the domain along training, running means over some steps and all seeds."

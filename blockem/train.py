@@ -29,7 +29,7 @@ from .penalty import Block, Price, saturated
 from .study import Study, checked, get_preset
 
 # %% ../nbs/03_train.ipynb #cell-006
-ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'mend', 'gate', 'both', 'attribution', 'shift', 'random')
+ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'late', 'mend', 'gate', 'both', 'attribution', 'shift', 'random')
 
 def check_impartial(judges: str, latents: Path):
     "Refuse to report by a judge, or on prompts, that chose the latents."
@@ -105,7 +105,7 @@ class Plan:
 def charged_sets(plan: Plan, seed: int) -> dict: # arm -> latents, as far as the plan has the arm
     "What the charged arms block: K, and as many latents chosen in other ways."
     given, best = lambda: plan.latents, lambda rule: lambda: best_latents(plan.ranking, plan.dictionary, len(plan.latents), rule)
-    sets = dict(blocked=given, hold=given, mend=given, both=given, attribution=best('contribution'), shift=best('delta_prompt'),
+    sets = dict(blocked=given, hold=given, late=given, mend=given, both=given, attribution=best('contribution'), shift=best('delta_prompt'),
                 random=lambda: random_latents(plan.ranking, plan.latents, seed))
     return {arm: choose() for arm, choose in sets.items() if arm in plan.arms}
 
@@ -245,7 +245,7 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
         return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = dict(gate='a gate before the free run', hold='holding', mend='mending', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
+    names = dict(gate='a gate before the free run', hold='holding', late='holding afterwards', mend='mending', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
     parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     if not parts: return 'No arm of this run was held or blocked.'

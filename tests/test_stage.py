@@ -28,11 +28,11 @@ def _slim(folder):
 @pytest.mark.parametrize('cwd, notebook', [(ROOT, 'nbs/03_train.ipynb'), (ROOT/'nbs', '03_train.ipynb')], ids=['root', 'nbs'])
 def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     "The same tables appear wherever papermill was called."
-    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,hold,mend,gate,both')
+    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,hold,late,mend,gate,both')
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_parquet(tmp_path/'study'/'evaluation.parquet')
     assert set(table.domain) == {'health'} and set(table.seed) == {-1, 0, 1}
-    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'mend', 'gate', 'both'}
+    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'late', 'mend', 'gate', 'both'}
     assert {'em_rate', 'adherence', 'incoherence', 'refusal', 'margin', 'quality'} == set(table.measure)
     assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
 
