@@ -306,7 +306,7 @@ def train_arm(
     "Train one arm, once."
     def make(folder):
         items = [tokenise(lm, *pair) for pair in pairs]
-        charge = charged_for(study, lm, pairs, dictionary, latents, lam, hold, taught) if lam or hold else None
+        charge = charged_for(study, lm, pairs, dictionary, latents, lam, hold, taught) if lam or hold or taught else None
         fit(lm, items, study.preset, seed, folder, charge, f'{name}, seed {seed}', keep, start and start/'adapter')
         for used in folder.glob('checkpoint*'): used.unlink()
     return study.work(f'{name}-s{seed}', training_key(study, lm, pairs, seed, latents, lam, hold, keep, *(unit.name if unit else '' for unit in (start, taught))), make)

@@ -88,7 +88,10 @@ def free_run(t: Trial, seed: int) -> Path:
     given = project_root()/t.adapter
     check_base(t.lm, given)
     key = dict(weights=sha256(adapter_weights(given)), config=sha256(given/'adapter_config.json'))
-    return t.study.work('given', key, lambda folder: shutil.copytree(given, folder/'adapter', dirs_exist_ok=True))
+    def make(folder):  # the adapter alone: its folder may hold a whole training run
+        (folder/'adapter').mkdir(exist_ok=True)
+        for file in (adapter_weights(given), given/'adapter_config.json'): shutil.copy(file, folder/'adapter')
+    return t.study.work('given', key, make)
 
 def train_all(t: Trial, seed: int, weights: list) -> dict: # name -> folder
     "The free run of a seed and what mends it; beside a free run of our own, the other ways and the control."
