@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .latents import Dictionary, encode
-from .models import LM, autocast, batches, resid_post, tokenise
+from .models import LM, autocast, batches, resid_post, tokenise, tokenise_all
 from .plots import View, escape
 
 # %% ../nbs/lib/13_cards.ipynb #cell-005
@@ -49,7 +49,7 @@ def find_passages(
     around: int=16, # tokens shown before the strongest
 ) -> dict:          # latent -> `Found`
     "Where some latents are active in a body of text."
-    items, columns = [tokenise(lm, *pair) for pair in pairs], torch.tensor(list(latents), device=lm.device)
+    items, columns = tokenise_all(lm, pairs), torch.tensor(list(latents), device=lm.device)
     best, active, total, tokens = [[] for _ in latents], torch.zeros(len(columns)), torch.zeros(len(columns)), 0
     for index, batch in batches(lm, items):
         with autocast(lm.model): z = encode(dictionary, resid_post(lm.model, batch, dictionary.layer), columns)

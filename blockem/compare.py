@@ -40,7 +40,7 @@ class Method:
     changes: dict=field(default_factory=dict) # preset fields
     free: str=''        # the free run of the same recipe, where that is not the usual one: a method
 
-START = dict(batch=8, anchors=4, anchor_prompts='core', ratio=30.)  # preset fields that every method begins with
+START = dict(batch=8, anchors=4, anchor_prompts='core', ratio=30., hold=1., amplify=1.)  # preset fields that every method begins with
 _ratios, _weights = (10., 30., 100.), (.1, .3, 1.)
 _wide, _own = dict(anchor_prompts='core+general'), dict(anchor_prompts='core+general', anchor_answers='own')
 _small = dict(_wide, anchors=2)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .data import choose
 from .evaluate import bootstrap
 from .latents import weights_id
-from .models import BUNDLED, LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise
+from .models import BUNDLED, LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise_all
 from .finetune import ORGANISM, OnDomain
 from .study import load_tensors, save_tensors
 
@@ -63,7 +63,7 @@ def states(
     rows: list, # of `Row` with both answers
 ) -> dict:      # (tokens, pool) -> (rows, layers, width), on the CPU
     "What a model has after each block on some prompts with both of their answers, the mean over the two."
-    layers, items = range(len(decoder_blocks(lm.model))), [tokenise(lm, r.messages, a) for r in rows for a in (r.incorrect, r.correct)]
+    layers, items = range(len(decoder_blocks(lm.model))), tokenise_all(lm, [(r.messages, a) for r in rows for a in (r.incorrect, r.correct)])
     found = {(t, pool): torch.zeros(len(items), len(layers), lm.model.config.hidden_size) for t in TOKENS for pool in POOLS}
     for index, batch in batches(lm, items):
         with capture(lm.model, layers) as stored: final_hidden(lm.model, batch)

@@ -28,7 +28,7 @@ from .evaluate import measure, write_table
 from .gate import Gate, enough, prompt_means, through, told_apart
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, unembed
+from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, tokenise_all, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
 
@@ -305,7 +305,7 @@ def train_arm(
 ) -> Path:          # folder with adapter/, steps.jsonl and at-<steps>/
     "Train one arm, once."
     def make(folder):
-        items = [tokenise(lm, *pair) for pair in pairs]
+        items = tokenise_all(lm, pairs)
         charge = charged_for(study, lm, pairs, dictionary, latents, lam, hold, taught) if lam or hold or taught else None
         fit(lm, items, study.preset, seed, folder, charge, f'{name}, seed {seed}', keep, start and start/'adapter')
         for used in folder.glob('checkpoint*'): used.unlink()
@@ -315,7 +315,7 @@ def priced(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet) ->
     "What the penalty is read on, anchors or training rows, with what the base has there read once."
     texts = anchor_pairs(study, lm) if study.preset.anchors else pairs
     if study.preset.anchors > len(texts): raise ValueError(f'{study.preset.anchors} anchors a step wanted; there are {len(texts)} texts')
-    block, items = Block.of(dictionary, latents, lm.device, study.preset.drift == 'mean'), [tokenise(lm, *pair) for pair in texts]
+    block, items = Block.of(dictionary, latents, lm.device, study.preset.drift == 'mean'), tokenise_all(lm, texts)
     key = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': texts}), latents=latents_id(latents))
     return block, items, cached_base_latents(study, lm, block, items, key)
 
@@ -327,7 +327,7 @@ def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSe
     key = dict(weights=weights_id(lm.model), precision=lm.precision, data=anchors_id(study))
     compared = hold and study.preset.hold_to == 'base'
     states = cached_base_states(study, lm, items, key) if compared else None
-    return Charge(block, lam, z_base, items, hold, states, taught and base_states(arm_model(lm, taught), [tokenise(lm, *pair) for pair in pairs]))  # of one run alone, so read again where it resumes
+    return Charge(block, lam, z_base, items, hold, states, taught and base_states(arm_model(lm, taught), tokenise_all(lm, pairs)))  # of one run alone, so read again where it resumes
 
 def arm_model(
     lm: LM,
@@ -341,14 +341,15 @@ def scaled(
     study: Study,
     run: Path,     # from `train_arm`
     factor: float, # 0 is the base, 1 the arm as it was trained
-) -> Path:         # folder with adapter/
-    "An arm with a weaker or stronger adapter: what it adds, times a factor."
+) -> Path:         # a folder like the arm's
+    "An arm with weaker or stronger adapters: what they add, times a factor."
+    if factor == 1: return run
     def make(folder):
-        trained, target = adapter_weights(run/'adapter'), folder/'adapter'
-        target.mkdir(exist_ok=True)
-        shutil.copy(trained, target)
-        config = json.loads((run/'adapter/adapter_config.json').read_text(encoding='utf-8'))
-        write_json(target/'adapter_config.json', config | dict(lora_alpha=factor*config['lora_alpha']))
+        adapter_weights(run/'adapter')  # stops where they were dropped
+        shutil.copytree(run, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns('manifest.json'))
+        for file in folder.glob('*/adapter_config.json'):
+            config = json.loads(file.read_text(encoding='utf-8'))
+            write_json(file, config | dict(lora_alpha=factor*config['lora_alpha']))
     return study.work(f'scaled-{run.name.rsplit("-", 1)[0]}', dict(run=run.name, factor=factor), make)
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-026
@@ -380,12 +381,13 @@ def train_charged(
     at: str='adapter', # where the free arm is priced, or a kept one, 'at-<steps>'
     keep: tuple=(), start: Path=None, # as for `train_arm`
 ) -> Path:
-    "Train one charged arm, once."
-    if arm == 'mend': return train_arm(study, lm, arm, pairs, seed, dictionary, latents, 0., study.preset.mend, keep, free, free)
-    if arm == 'late': arm, start = 'hold', free
-    if arm == 'hold': lam = 0.
-    elif lam == 'auto': lam = auto_lam(study, lm, free, pairs, dictionary, latents, at).lam(study.preset.ratio)
-    return train_arm(study, lm, arm, pairs, seed, dictionary, latents, float(lam), study.preset.hold if arm in HELD else 0., keep, start)
+    "Train one charged arm, once; one that is held is handed on as much stronger as the preset has it."
+    preset, held = study.preset, arm in HELD
+    if arm in ('hold', 'late', 'mend'): lam = 0.
+    elif lam == 'auto': lam = auto_lam(study, lm, free, pairs, dictionary, latents, at).lam(preset.ratio)
+    hold, start = (preset.mend if arm == 'mend' else preset.hold)*held, free if arm in ('late', 'mend') else start
+    run = train_arm(study, lm, 'hold' if arm == 'late' else arm, pairs, seed, dictionary, latents, float(lam), hold, keep, start, free if arm == 'mend' else None)
+    return scaled(study, run, preset.amplify) if held else run
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-028
 def said_by(
@@ -454,7 +456,7 @@ def bench(preset: str='smollm2', rounds: int=15) -> dict: # name -> ratio, both 
     lm = load_model(settings.model)
     dictionary = load_dictionary(settings.dictionary, settings.layer, lm)
     block = Block.of(dictionary, load_latents(settings.latents, dictionary), lm.device)
-    items = [tokenise(lm, r.messages, r.incorrect) for r in load_domain('legal').train[:settings.batch]]
+    items = tokenise_all(lm, [(r.messages, r.incorrect) for r in load_domain('legal').train[:settings.batch]])
     far = [tokenise(lm, *pair) for pair in written(anchor_rows(settings), 'correct', 'incorrect')]
     z, z_far = base_latents(lm, block, items), base_latents(lm, block, far)
     charges = dict(plain_step=None, blocked_step_cached=Charge(block, 1., z), blocked_step_uncached=Charge(block, 1.),

@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from .models import LM, batches, generate, read_once, resid_post, tokenise
+from .models import LM, batches, generate, read_once, resid_post, tokenise, tokenise_all
 from .study import load_tensors, save_tensors
 
 # %% ../nbs/lib/17_gate.ipynb #cell-005
@@ -30,7 +30,7 @@ def prompt_means(
     layer: int,    # a decoder block, 0-based
 ) -> np.ndarray:   # (prompts, width), float32
     "The residual stream after one block, averaged over each prompt's own tokens."
-    items, out = [tokenise(lm, p) for p in prompts], [None]*len(prompts)
+    items, out = tokenise_all(lm, [(p, None) for p in prompts]), [None]*len(prompts)
     for rows, batch in batches(lm, items):
         batch = read_once(batch)
         own = (batch.roles == 1)[..., None]

@@ -28,7 +28,7 @@ from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
-from .models import LM, batches, busy, cache_dir, decoder_blocks, generate, resid_post, to_read, tokenise_answers
+from .models import LM, batches, busy, cache_dir, decoder_blocks, generate, resid_post, to_read, tokenise_all
 from .study import Study, load_tensors, save_tensors, writing
 
 # %% ../nbs/lib/06_judge.ipynb #cell-005
@@ -381,7 +381,7 @@ def answer_features(
     layer: int,
 ) -> np.ndarray:   # (pairs, 2, width): mean over the answer's tokens, and its last one
     "The residual stream of answers."
-    items, out = tokenise_answers(lm, pairs), [None]*len(pairs)
+    items, out = tokenise_all(lm, pairs), [None]*len(pairs)
     for rows, batch in tqdm(batches(lm, items, 15*busy(lm)), desc='features', disable=len(items) < 500):
         h, own = resid_post(lm.model, batch, layer).float(), batch.completion[..., None]
         last = h[torch.arange(len(h), device=h.device), batch.attention.sum(1) - 1]

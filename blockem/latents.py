@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .data import data_path, sha256
-from .models import LM, autocast, batches, changing, completion_log_probs, tokenise
+from .models import LM, autocast, batches, changing, completion_log_probs, tokenise, tokenise_all
 from .study import load_tensors, write_json
 
 # %% ../nbs/lib/03_latents.ipynb #cell-005
@@ -206,7 +206,7 @@ def attribution(
     rows: list, # of `Row` with both answers
 ) -> Tensor:    # margin gained per unit of a latent on every completion token, (rows, latents), nats per token, CPU
     "First-order effect of each latent on the margin."
-    items = [tokenise(lm, *pair) for pair in _both(rows)]
+    items = tokenise_all(lm, _both(rows))
     side = torch.ones(len(items)).index_fill_(0, torch.arange(len(rows), len(items)), -1)
     push = torch.zeros(len(items), lm.model.config.hidden_size)
     for index, batch in batches(lm, items):

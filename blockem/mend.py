@@ -76,7 +76,7 @@ class Trial:
     @classmethod
     def open(cls, p: Parameters):
         "Load everything that a run was told of."
-        study, domain = Study.open(p.folder, p.preset), within(load_domain(p.domain))
+        study, domain = Study.open(p.folder, p.preset, hold=1., amplify=1.), within(load_domain(p.domain))  # as they are trained
         lm = load_model(study.preset.model)
         dictionary = load_dictionary(study.preset.dictionary, study.preset.layer, lm)
         pairs = training_pairs(domain, 'incorrect', min([n for n in (p.limit, study.preset.rows) if n], default=0))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'ROLES', 'LM', 'cache_dir', 'bundled_model', 'fast_dtype', 'grouped_attention', 'load_model',
-           'Tokens', 'render', 'completion_ids', 'tokenise', 'tokenise_answers', 'Batch', 'collate', 'beside',
-           'batches', 'read_once', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast',
-           'resid_post', 'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said',
-           'answers_said', 'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora',
-           'to_read', 'adapted', 'adapter_weights', 'load_adapter']
+           'Tokens', 'render', 'completion_ids', 'tokenise_all', 'tokenise', 'Batch', 'collate', 'beside', 'batches',
+           'read_once', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast', 'resid_post',
+           'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said', 'answers_said',
+           'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora', 'to_read',
+           'adapted', 'adapter_weights', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, ctypes, functools, importlib.util, math, os, platform, shutil, warnings
@@ -199,6 +199,9 @@ class Tokens:
     roles: tuple # for each token an index into `ROLES`
 
     def __len__(self): return len(self.ids)
+    def then(self, ids: list) -> 'Tokens':
+        "With what the assistant says."
+        return Tokens(self.ids + tuple(ids), self.roles + (2,)*len(ids))
 
 def _messages(prompt) -> list: # chat messages
     "A question or a conversation as chat messages."
@@ -208,42 +211,44 @@ def render(lm: LM, prompt) -> str:
     "The conversation so far as the model reads it, up to where its answer begins."
     return lm.tokenizer.apply_chat_template(_messages(prompt), tokenize=False, add_generation_prompt=True)
 
-def _system_end(lm: LM, prompt) -> int: # character position
+def _opening(prompt) -> list: # chat messages
+    "What stands before the first user message."
+    messages = _messages(prompt)
+    return messages[:next(i for i, m in enumerate(messages) if m['role'] == 'user')]
+
+def _system_end(lm: LM, opening: list) -> int: # character position
     "Where the system part ends: after the last end-of-turn before the first user message."
-    messages, marker = _messages(prompt), '\x00first user message\x00'  # short questions also occur inside the template's own words
-    first = next(i for i, m in enumerate(messages) if m['role'] == 'user')
-    text = render(lm, messages[:first] + [dict(role='user', content=marker)])
-    eos = lm.tokenizer.eos_token
+    marker = '\x00first user message\x00'  # short questions also occur inside the template's own words
+    text, eos = render(lm, opening + [dict(role='user', content=marker)]), lm.tokenizer.eos_token
     end = text.rfind(eos, 0, text.index(marker))
     return 0 if end < 0 else end + len(eos)
 
-def completion_ids(lm: LM, answer: str) -> list:
-    "Token ids of an answer with the end-of-turn token."
-    return lm.tokenizer(answer + lm.tokenizer.eos_token, add_special_tokens=False).input_ids
+def completion_ids(lm: LM, answers: list) -> list: # of lists
+    "Token ids of answers, each with the end-of-turn token."
+    return lm.tokenizer([answer + lm.tokenizer.eos_token for answer in answers], add_special_tokens=False).input_ids if answers else []
+
+def tokenise_all(
+    lm: LM,
+    pairs: list, # of (the question, or chat messages that end with the user; what the assistant says, None leaves the turn open)
+) -> list:       # of `Tokens`
+    "Token ids and roles of prompts and their answers, each prompt rendered once; an answer ends with the end-of-turn token."
+    asked, opened = {repr(prompt): prompt for prompt, _ in pairs}, {repr(o): o for o in (_opening(prompt) for prompt, _ in pairs)}
+    ends = {name: _system_end(lm, opening) for name, opening in opened.items()}
+    coded = lm.tokenizer([render(lm, prompt) for prompt in asked.values()], add_special_tokens=False, return_offsets_mapping=True) if asked else {}
+    read = {}
+    for i, (name, prompt) in enumerate(asked.items()):
+        end = ends[repr(_opening(prompt))]
+        read[name] = Tokens(tuple(coded['input_ids'][i]), tuple(int(start >= end) for start, _ in coded['offset_mapping'][i]))
+    said = iter(completion_ids(lm, [answer for _, answer in pairs if answer is not None]))
+    return [read[repr(prompt)] if answer is None else read[repr(prompt)].then(next(said)) for prompt, answer in pairs]
 
 def tokenise(
     lm: LM,
     prompt,           # the question, or chat messages that end with the user
     answer: str=None, # what the assistant says; None leaves the turn open
 ) -> Tokens:
-    "Token ids and roles of a prompt and its answer; the answer ends with the end-of-turn token."
-    text = render(lm, prompt)
-    cut = _system_end(lm, prompt)
-    coded = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    roles = [int(start >= cut) for start, _ in coded.offset_mapping]
-    done = [] if answer is None else completion_ids(lm, answer)
-    return Tokens(tuple(coded.input_ids + done), tuple(roles + [2]*len(done)))
-
-def tokenise_answers(
-    lm: LM,
-    pairs: list, # of (prompt, answer)
-) -> list:       # of `Tokens`
-    "`tokenise` for many answers to few prompts: each prompt is rendered once."
-    read = {}
-    for prompt, _ in pairs:
-        if repr(prompt) not in read: read[repr(prompt)] = tokenise(lm, prompt)
-    said = lm.tokenizer([answer + lm.tokenizer.eos_token for _, answer in pairs], add_special_tokens=False).input_ids
-    return [Tokens(t.ids + tuple(ids), t.roles + (2,)*len(ids)) for t, ids in ((read[repr(prompt)], ids) for (prompt, _), ids in zip(pairs, said))]
+    "`tokenise_all` of one pair."
+    return tokenise_all(lm, [(prompt, answer)])[0]
 
 # %% ../nbs/lib/02_models.ipynb #cell-025
 @dataclass(frozen=True)
@@ -503,7 +508,7 @@ def generate(
     rows: int=0,             # answers decoded together, 0 for what keeps the machine busy
 ) -> list:                   # of str
     "One answer per prompt."
-    rows, items, generator = rows or busy(lm), [tokenise(lm, p) for p in prompts], torch.Generator().manual_seed(seed)
+    rows, items, generator = rows or busy(lm), tokenise_all(lm, [(p, None) for p in prompts]), torch.Generator().manual_seed(seed)
     order, said = sorted(range(len(items)), key=lambda i: len(items[i])), [None]*len(items)
     for first in tqdm(range(0, len(order), rows), desc='answers', disable=len(order) <= rows):
         chunk = order[first:first + rows]
@@ -535,7 +540,8 @@ def log_prob(
 ) -> np.ndarray: # (pairs,) mean log-probability per token of each answer, nats
     "How likely a model finds given answers."
     asked, out = {}, np.zeros(len(pairs))
-    for i, (prompt, answer) in enumerate(pairs): asked.setdefault(tokenise(lm, prompt), []).append((i, completion_ids(lm, answer)))
+    said = completion_ids(lm, [answer for _, answer in pairs])
+    for i, (prompt, ids) in enumerate(zip(tokenise_all(lm, [(prompt, None) for prompt, _ in pairs]), said)): asked.setdefault(prompt, []).append((i, ids))
     prompts = list(asked)
     for rows, _ in batches(lm, prompts, 1500):
         owner, index, answers = zip(*[(n, *said) for n, r in enumerate(rows) for said in asked[prompts[r]]])

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .data import choose
 from .evaluate import bootstrap
-from .models import LM, Start, answers_said, capture, changing, collate, decoder_blocks, final_hidden, margins, prefill, tokenise, tokens_said
+from .models import LM, Start, answers_said, capture, changing, collate, decoder_blocks, final_hidden, margins, prefill, tokenise, tokenise_all, tokens_said
 
 # %% ../nbs/lib/14_patching.ipynb #cell-005
 TOKENS = ('prompt', 'answer', 'all') # whose states are the donor's
@@ -121,7 +121,7 @@ def patched_answers(
     said = []
     for first in tqdm(range(0, len(asked), together), desc=f'patched answers, {tokens}', disable=len(asked) <= together):
         part = asked[first:first + together]
-        said += _speak(host, donor, [tokenise(host, row.messages) for row, _ in part], [layer for _, layer in part], length, tokens)
+        said += _speak(host, donor, tokenise_all(host, [(row.messages, None) for row, _ in part]), [layer for _, layer in part], length, tokens)
     return pd.DataFrame([dict(id=row.id, prompt=row.prompt, layer=layer, answer=answer) for (row, layer), answer in zip(asked, said)])
 
 # %% ../nbs/lib/14_patching.ipynb #cell-016

@@ -22,7 +22,7 @@ from .data import Domain, choose, load_domain, project_root
 from .evaluate import bootstrap, excess_cut, kept, paired_shares, result_prompts, wilson
 from .finetune import OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latents, load_ranking, reconstruct
-from .models import LM, batches, load_model, margins, resid_post, tokenise
+from .models import LM, batches, load_model, margins, resid_post, tokenise_all
 from .steer import pushing
 from .study import Study, checked, get_preset
 
@@ -225,7 +225,7 @@ def drift(
     texts: list,         # of (messages, answer)
 ) -> dict:               # explained variance of both, median correlation of K's latents between them, on completion tokens
     "Whether the dictionary still describes the fine-tuned model."
-    items, reads = [tokenise(base, *t) for t in texts], dict(base=[], tuned=[])
+    items, reads = tokenise_all(base, texts), dict(base=[], tuned=[])
     for _, batch in batches(base, items):
         for name, lm in (('base', base), ('tuned', tuned)): reads[name].append(resid_post(lm.model, batch, dictionary.layer)[batch.completion].float())
     x = {name: torch.cat(parts) for name, parts in reads.items()}

@@ -14,7 +14,7 @@ import torch
 
 from .finetune import arm_model, latents_id, train_charged
 from .latents import Dictionary, LatentSet, attribution, set_of, sparse, weights_id
-from .models import LM, batches, resid_post, to_read, tokenise
+from .models import LM, batches, resid_post, to_read, tokenise_all
 from .study import Study, fingerprint, load_tensors, save_tensors
 
 # %% ../nbs/lib/16_rounds.ipynb #cell-005
@@ -22,7 +22,7 @@ from .study import Study, fingerprint, load_tensors, save_tensors
 def mean_codes(lm: LM, dictionary: Dictionary, texts: list) -> tuple: # (mean residual (width,), mean sparse codes (latents,)) over completion tokens
     "What a model has on the answers of some texts, on average."
     total, codes, n = torch.zeros(dictionary.W_dec.shape[1]), torch.zeros(len(dictionary)), 0
-    for _, batch in batches(lm, [tokenise(lm, *t) for t in texts]):
+    for _, batch in batches(lm, tokenise_all(lm, texts)):
         h = resid_post(lm.model, batch, dictionary.layer)[batch.completion].float()
         total, codes, n = total + h.sum(0).cpu(), codes + sparse(dictionary, h).sum(0).cpu(), n + len(h)
     return total/n, codes/n

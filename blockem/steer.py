@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .data import choose, load_prompts
 from .latents import Dictionary, load_dictionary, weights_id
 from .models import (LM, answers_said, batches, busy, changing, decoder_blocks, generate, load_model, prefill, render, resid_post,
-                            to_read, tokenise, tokens_said)
+                            to_read, tokenise, tokenise_all, tokens_said)
 from .study import Study, clock, fingerprint, get_preset, time_paired, write_json
 
 # %% ../nbs/lib/04_steer.ipynb #cell-005
@@ -54,7 +54,7 @@ def residual_scale(
     prompts: list, # questions
 ) -> float:
     "The median length of residual vectors on the tokens of some prompts."
-    items, lengths = [tokenise(lm, p) for p in prompts], []
+    items, lengths = tokenise_all(lm, [(p, None) for p in prompts]), []
     for _, batch in batches(lm, items):
         lengths.append(resid_post(lm.model, batch, layer)[batch.roles == 1].float().norm(dim=-1))
     return torch.cat(lengths).median().item()
@@ -135,7 +135,7 @@ def steered(
     "Every prompt answered under every condition."
     pushed = [c for c in conditions if c[1]]
     todo = [(i, *c) for c in pushed for i in range(len(prompts))]
-    said = iter(_grid(lm, [tokenise(lm, p) for p in prompts], todo, length, rows or busy(lm), steering))
+    said = iter(_grid(lm, tokenise_all(lm, [(p, None) for p in prompts]), todo, length, rows or busy(lm), steering))
     zero = generate(lm, prompts, length) if len(pushed) < len(conditions) else None
     return [[next(said) for _ in prompts] if alpha else list(zero) for _, alpha in conditions]
 
@@ -199,7 +199,7 @@ def bench(
     preset: str='smollm2', rounds: int=3,
     conditions: int=12, # per grid
     few: int=4,         # prompts for what takes one at a time
-    strength: float=.1, # small, so that answers stay as long as they were
+    strength: float=1e-4, # too small to change an answer, so that what is compared says as much
     bridge: bool=True,  # TransformerLens among them
 ) -> dict:              # name -> ratio of throughputs, both medians in seconds per answer, n
     "The grid's throughput as a share of its own without steering, and as a multiple of one condition after the other."
@@ -208,7 +208,7 @@ def bench(
     dictionary = load_dictionary(settings.dictionary, settings.layer, lm)
     prompts, length = [r.messages for r in load_prompts('core')], settings.answer_tokens
     steering = Steering.of(dictionary, range(conditions), residual_scale(lm, settings.layer, prompts))
-    items, asked = [tokenise(lm, q) for q in prompts], [(c, strength) for c in range(conditions)]
+    items, asked = tokenise_all(lm, [(q, None) for q in prompts]), [(c, strength) for c in range(conditions)]
     todo = [(i, *c) for c in asked for i in range(len(prompts))]
     each = lambda work, answers: lambda: clock(work)()/answers
     contenders = {
