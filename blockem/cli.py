@@ -72,7 +72,8 @@ STAGES = dict(shift=('00_shift', 'Ask which latents fine-tuning moved (nbs/00_sh
               compare=('05_compare', 'Compare methods as trade-offs between the task and what spreads from it (nbs/05_compare.ipynb).'),
               reroute=('04_reroute', 'Ask where misalignment comes back when fine-tuning goes on (nbs/04_reroute.ipynb).'),
               directions=('06_directions', 'Ask whether one direction tells a misaligned model apart (nbs/06_directions.ipynb).'),
-              mend=('07_mend', 'Ask whether a misaligned model can keep its task and lose the rest (nbs/07_mend.ipynb).'))
+              mend=('07_mend', 'Ask whether a misaligned model can keep its task and lose the rest (nbs/07_mend.ipynb).'),
+              amplify=('08_amplify', 'Ask how firmly to hold a run, and how strong its adapter should be afterwards (nbs/08_amplify.ipynb).'))
 DISCOVERY_STAGES = ('shift', 'screen', 'alpha')
 
 def _stage(name: str, given: dict) -> Path: # the study's folder
@@ -83,7 +84,7 @@ def _stage(name: str, given: dict) -> Path: # the study's folder
 
 TOLD = typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any parameter of the notebook, e.g. limit=10')
 JOBS = typer.Option(1, min=1, help='tasks done at a time, each in a process of its own; for a GPU that one leaves idle, or several GPUs')
-IN_TASKS = ('compare', 'reroute')
+IN_TASKS = ('compare', 'reroute', 'amplify')
 
 def _add(name: str, says: str):
     "Make a stage a command."
@@ -309,6 +310,7 @@ def publish(
     if (study/'05_compare.ipynb') in stages: _publish_table(study/'frontier.parquet', '05_frontier.parquet')
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
     if (study/'07_mend.ipynb') in stages: _publish_table(study/'mend.parquet', '07_mend.parquet')
+    if (study/'08_amplify.ipynb') in stages: _publish_table(study/'amplify.parquet', '08_amplify.parquet')
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ([_publish_study(study)] if pooled.is_file() else [])))
 
 @app.command()
