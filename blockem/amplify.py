@@ -145,8 +145,8 @@ def grid_plot(found: pd.DataFrame, least: float=.7) -> go.Figure: # from `grid`
                             marker=dict(color=colour, size=7, symbol='x' if not weight else 'circle'), customdata=line[['low', 'high']], hovertemplate=f'{name} x %{{x}}: %{{y:.0%}} [%{{customdata[0]:.0%}}, %{{customdata[1]:.0%}}]<extra>{judge}</extra>')
         if measure == 'cut_general': fig.update_yaxes(range=[least, 1.02], title=f'{judge} judge', row=row, col=column)
     fig.update_yaxes(tickformat='.0%').update_xaxes(title='factor', row=len(judges)).update_xaxes(title='factor', row=1, col=len(PANELS))
-    return fig.update_layout(width=1080, height=560, margin_t=115, title_text='Held firmly, then amplified',
-                             title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts; intervals on hover; what the control cuts lies below its panels', legend=dict(x=.8, y=.35))
+    return fig.update_layout(width=960, height=540, margin_t=115, title_text='Held firmly, then amplified',
+                             title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts; intervals on hover; what the control cuts lies below its panels', legend=dict(x=.8, y=.32, yanchor='top'))
 
 # %% ../nbs/08_amplify.ipynb #amplify-017
 def finding(found: pd.DataFrame) -> str: # Markdown
