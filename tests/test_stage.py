@@ -76,8 +76,10 @@ def test_the_presets_that_ship_as_files_can_be_given(monkeypatch):
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)
     files = sorted((ROOT/'data/presets').glob('*.toml'))
-    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['larger-steps']
-    assert checked(Parameters, dict(preset=str(files[0]))).folder == 'runs/train-legal-larger-steps'
+    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'larger-steps']
+    assert [checked(Parameters, dict(preset=str(f))).folder for f in files] == [f'runs/train-legal-{f.stem}' for f in files]
+    firm, usual = get_preset(str(files[0])), get_preset('smollm2')
+    assert firm.hold > usual.hold and firm.amplify > usual.amplify == 1
 
 
 def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
