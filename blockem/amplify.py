@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['CONTROLS', 'SHADES', 'PANELS', 'Parameters', 'asked', 'train_way', 'said_at', 'tasks', 'prepare_run', 'arm_of',
-           'ask_all', 'grid', 'balance', 'grid_table', 'smoothed', 'chosen', 'grid_plot', 'finding', 'lengths']
+           'ask_all', 'grid', 'balance', 'smoothed', 'grid_table', 'chosen', 'grid_plot', 'finding', 'lengths']
 
 # %% ../nbs/08_amplify.ipynb #amplify-003
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -18,8 +17,8 @@ from tqdm.auto import tqdm
 
 from .data import choose
 from .evaluate import bootstrap, selection_prompts
-from .finetune import OnDomain, said_by, scaled, seeds_of, train_arm, train_charged
-from .mend import MEASURES, Trial, compared, numbers
+from .finetune import OnDomain, numbers, said_by, scaled, seeds_of, train_arm, train_charged
+from .mend import MEASURES, Trial, compared
 from .study import checked, get_preset
 
 # %% ../nbs/08_amplify.ipynb #amplify-006
@@ -108,6 +107,11 @@ def balance(found: pd.DataFrame) -> pd.Series: # by (way, weight, factor), most 
     mean = found.groupby(['way', 'weight', 'factor', 'measure']).value.mean().unstack('measure')
     return mean[['cut_general', 'adherence_kept']].min(axis=1, skipna=False).dropna().sort_values(ascending=False)
 
+def smoothed(found: pd.DataFrame) -> pd.Series: # by (way, weight, factor), best first
+    "The balance, averaged over a point and its neighbours in factor: a peak that these do not share is luck."
+    near = lambda line: line.sort_index().rolling(3, center=True, min_periods=1).mean()
+    return balance(found).groupby(level=['way', 'weight'], group_keys=False).apply(near).sort_values(ascending=False)
+
 def grid_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per point
     "For reading; one value per judge."
     say = lambda rows: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge').itertuples())
@@ -115,11 +119,6 @@ def grid_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per poin
     n = shown.groupby('measure').n.max()
     cells = shown.groupby(['way', 'weight', 'factor', 'measure']).apply(say, include_groups=False).unstack('measure')[list(MEASURES)]
     return cells.loc[smoothed(found).index].rename(columns=lambda c: f'{MEASURES[c]} (n={n[c]})')
-
-def smoothed(found: pd.DataFrame) -> pd.Series: # by (way, weight, factor), best first
-    "The balance, averaged over a point and its neighbours in factor: a peak that these do not share is luck."
-    near = lambda line: line.sort_index().rolling(3, center=True, min_periods=1).mean()
-    return balance(found).groupby(level=['way', 'weight'], group_keys=False).apply(near).sort_values(ascending=False)
 
 def chosen(found: pd.DataFrame) -> tuple|None: # (way, weight, factor)
     "The best point of those that are held; None where the free run has no excess to cut."

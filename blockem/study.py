@@ -43,7 +43,6 @@ class Preset:
     hold: float = 1.             # weight of the anchors' divergence, in the arms that pay it
     hold_to: str = 'base'        # from what: the 'base' (KL), or the anchors' own 'words' (cross-entropy, plain training on them)
     amplify: float = 1.          # how much stronger the adapter of such an arm is used than it was trained (08_amplify)
-    amplify: float = 1.          # how much stronger the adapter of such an arm is used than it was trained (08_amplify)
     mend: float = 2.             # the same weight, where a free run is mended (07_mend)
     gate: float = .5             # how likely a prompt must belong to the domain for the gate to open
     answer_tokens: int = 48      # longest generated answer
@@ -80,7 +79,6 @@ def get_preset(
     for key in overrides: choose(key, [f.name for f in fields(Preset)], 'preset field')
     preset = replace(preset, **{k: v for k, v in overrides.items() if v is not None})
     for field, valid in CHOICES.items(): choose(getattr(preset, field), valid, f'preset field {field}')
-    if not preset.amplify > 0: raise ValueError(f'preset field amplify: a number above 0, 1 leaves an adapter as it was trained; found {preset.amplify}')
     if not preset.amplify > 0: raise ValueError(f'preset field amplify: a number above 0, 1 leaves an adapter as it was trained; found {preset.amplify}')
     if not 0 < preset.gate < 1: raise ValueError(f'preset field gate: a probability between 0 and 1; found {preset.gate}')
     return preset
