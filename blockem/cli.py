@@ -73,7 +73,8 @@ STAGES = dict(shift=('00_shift', 'Ask which latents fine-tuning moved (nbs/00_sh
               reroute=('04_reroute', 'Ask where misalignment comes back when fine-tuning goes on (nbs/04_reroute.ipynb).'),
               directions=('06_directions', 'Ask whether one direction tells a misaligned model apart (nbs/06_directions.ipynb).'),
               mend=('07_mend', 'Ask whether a misaligned model can keep its task and lose the rest (nbs/07_mend.ipynb).'),
-              amplify=('08_amplify', 'Ask how firmly to hold a run, and how strong its adapter should be afterwards (nbs/08_amplify.ipynb).'))
+              amplify=('08_amplify', 'Ask how firmly to hold a run, and how strong its adapter should be afterwards (nbs/08_amplify.ipynb).'),
+              narrow=('09_narrow', 'Ask what a gate should read, and whom it lets through (nbs/09_narrow.ipynb).'))
 DISCOVERY_STAGES = ('shift', 'screen', 'alpha')
 
 def _stage(name: str, given: dict) -> Path: # the study's folder
@@ -311,6 +312,7 @@ def publish(
     if (study/'06_directions.ipynb') in stages: _publish_reference(study)
     if (study/'07_mend.ipynb') in stages: _publish_table(study/'mend.parquet', '07_mend.parquet')
     if (study/'08_amplify.ipynb') in stages: _publish_table(study/'amplify.parquet', '08_amplify.parquet')
+    if (study/'09_narrow.ipynb') in stages: _publish_table(study/'narrow.parquet', '09_narrow.parquet')
     typer.echo('published ' + ', '.join([f'nbs/{s.name}' for s in stages] + ([_publish_study(study)] if pooled.is_file() else [])))
 
 @app.command()

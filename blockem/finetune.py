@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .data import Domain, general_pairs, load_domain, load_prompts, project_root, sha256
 from .evaluate import measure, write_table
-from .gate import Gate, enough, prompt_means, through, told_apart
+from .gate import Gate, enough, gate_layers, prompt_means, through, told_apart
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
 from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, tokenise_all, unembed
@@ -414,12 +414,12 @@ def said_by(
 # %% ../nbs/lib/15_finetune.ipynb #cell-031
 def train_gate(study: Study, lm: LM, pairs: list) -> Path: # folder with gate.safetensors, and apart.parquet from `told_apart`
     "The gate between the prompts of a domain and the anchors', once."
-    inside, outside = [messages for messages, _ in pairs], [r.messages for r in anchor_rows(study.preset)]
+    inside, outside, layers = [messages for messages, _ in pairs], [r.messages for r in anchor_rows(study.preset)], gate_layers(study.preset, lm)
     def make(folder):
-        read = [prompt_means(to_read(lm), prompts, study.preset.layer) for prompts in (inside, outside)]
-        Gate.fit(*read, study.preset.layer).save(folder/'gate.safetensors')
+        read = [prompt_means(to_read(lm), prompts, layers) for prompts in (inside, outside)]
+        Gate.fit(*read, layers).save(folder/'gate.safetensors')
         write_table(told_apart(*read), folder/'apart.parquet')
-    key = dict(layer=study.preset.layer, weights=weights_id(lm.model), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
+    key = dict(layers=layers, weights=weights_id(lm.model), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
     return study.work('gate', key, make)
 
 def gate_odds(

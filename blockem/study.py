@@ -45,6 +45,7 @@ class Preset:
     amplify: float = 1.          # how much stronger the adapter of such an arm is used than it was trained (08_amplify)
     mend: float = 2.             # the same weight, where a free run is mended (07_mend)
     gate: float = .5             # how likely a prompt must belong to the domain for the gate to open
+    gate_blocks: str = 'one'     # which decoder blocks the gate reads: 'one', the dictionary's, or 'all' (09_narrow)
     answer_tokens: int = 48      # longest generated answer
     checkpoint_steps: int = 10   # optimiser steps between checkpoints
 
@@ -61,7 +62,7 @@ PRESETS = {p.name: p for p in [
            'sae/llama31-8b/latents.json', epochs=1, batch=64, lr=7.5e-5, answer_tokens=256, checkpoint_steps=25)]}
 
 # %% ../nbs/lib/00_study.ipynb #cell-008
-CHOICES = dict(anchor_prompts=('core', 'core+general'), anchor_answers=('both', 'correct', 'own'), drift=('token', 'mean'), hold_to=('base', 'words'))
+CHOICES = dict(anchor_prompts=('core', 'core+general'), anchor_answers=('both', 'correct', 'own'), drift=('token', 'mean'), hold_to=('base', 'words'), gate_blocks=('one', 'all'))
 
 def _from_toml(path: Path) -> Preset:
     "A preset read from a TOML file; unknown fields stop here."

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
 from .evaluate import bootstrap, result_prompts, wilson
 from .finetune import OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
-from .gate import enough, told_apart, words_odds
+from .gate import enough, odds_of, told_apart
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
 from .models import LM, collate, load_adapter, load_model, tokenise
@@ -212,7 +212,7 @@ def gate_table(
         for name, side in (('trained on', True), ('anchors', False)): found[name, how] = apart.odds[apart.inside == side]
     for name, rows in sets.items():
         found[name, 'by what the base has read'] = odds[name]
-        found[name, 'by words alone'] = words_odds(inside, outside, [r.prompt for r in rows])
+        found[name, 'by words alone'] = odds_of(inside, outside, [r.prompt for r in rows])
     opened = {place: enough(some, plan.study.preset.gate) for place, some in found.items()}
     said = {(f'{name} (n = {len(some)})', how): '{:.0%} [{:.0%}, {:.0%}]'.format(some.mean(), *wilson(some.mean(), len(some))) for (name, how), some in opened.items()}
     area = {how: bootstrap([apart.inside, apart.odds], roc_auc_score, draws=500) for how, apart in told.items()}
