@@ -7,7 +7,8 @@ __all__ = ['HELD', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'numbers', 'OnD
            'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint',
            'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
            'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model',
-           'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated', 'bench']
+           'scaled', 'auto_lam', 'train_charged', 'said_by', 'outside_rows', 'train_gate', 'gate_odds', 'said_gated',
+           'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import Domain, general_pairs, load_domain, load_prompts, project_root, sha256
+from .data import Domain, general_pairs, known_domains, load_domain, load_prompts, project_root, sha256
 from .evaluate import measure, write_table
 from .gate import Gate, enough, gate_layers, prompt_means, through, told_apart
 from .judge import check_judges
@@ -412,9 +413,16 @@ def said_by(
     return tuple(pd.read_parquet(unit/f'{table}.parquet') for table in ('answers', 'likelihoods'))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-031
+def outside_rows(preset, inside: list) -> list: # inside: chat messages; of `Row`
+    "What a gate is shown as outside: the anchors, and the first questions of every bundled domain that none of the inside is from."
+    learned, domains = {fingerprint(dict(asked=m)) for m in inside}, [load_domain(d).train for d in known_domains()] if preset.gate_near else []
+    others = [rows for rows in domains if learned.isdisjoint(fingerprint(dict(asked=r.messages)) for r in rows)]
+    return anchor_rows(preset) + [r for rows in others for r in rows[:preset.gate_near]]
+
 def train_gate(study: Study, lm: LM, pairs: list) -> Path: # folder with gate.safetensors, and apart.parquet from `told_apart`
-    "The gate between the prompts of a domain and the anchors', once."
-    inside, outside, layers = [messages for messages, _ in pairs], [r.messages for r in anchor_rows(study.preset)], gate_layers(study.preset, lm)
+    "The gate between the prompts of a domain and those outside, once."
+    inside, layers = [messages for messages, _ in pairs], gate_layers(study.preset, lm)
+    outside = [r.messages for r in outside_rows(study.preset, inside)]
     def make(folder):
         read = [prompt_means(to_read(lm), prompts, layers) for prompts in (inside, outside)]
         Gate.fit(*read, layers).save(folder/'gate.safetensors')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'ASKED', 'Parameters', 'told', 'read_set', 'sets_of', 'layer_name', 'odds_at', 'domain_odds', 'area',
-           'by_domain', 'mean_areas', 'areas', 'area_plot', 'opened', 'opened_table', 'trade', 'trade_plot', 'finding']
+           'by_domain', 'mean_areas', 'areas', 'area_plot', 'opened', 'opened_table', 'summed', 'trade', 'trade_plot',
+           'finding']
 
 # %% ../nbs/09_narrow.ipynb #cell-003
 import numpy as np
@@ -83,13 +84,13 @@ def layer_name(layer: int) -> str: # e.g. 'block 18'
     "What the reading of one decoder block is called."
     return f'block {layer}'
 
-def odds_at(sets: dict, near: int=0) -> pd.DataFrame: # prompts, i, odds
+def odds_at(sets: dict, ids: dict, near: int=0) -> pd.DataFrame: # prompts, id, odds
     "One reading's log-odds that prompts belong to the domain, where so many near questions stand outside with the anchors."
     inside, outside = sets['inside'], [*sets['outside'], *sets['near'][:near]]
     apart = told_apart(inside, outside)[:len(inside) + len(sets['outside'])]
     asked = {side: apart.odds[apart.inside == (side == 'inside')] for side in ('inside', 'outside')}
     asked |= {side: odds_of(inside, outside, sets[side]) for side in ('general', 'others')}
-    return pd.concat([pd.DataFrame(dict(prompts=side, i=range(len(odds)), odds=np.asarray(odds))) for side, odds in asked.items()])
+    return pd.concat([pd.DataFrame(dict(prompts=side, id=ids[side], odds=np.asarray(odds))) for side, odds in asked.items()])
 
 def domain_odds(
     study: Study,
@@ -97,7 +98,7 @@ def domain_odds(
     name: str,      # of a domain
     near: list,     # how many questions of every other domain stand outside, for the line on all blocks
     limit: int=0,   # most prompts per set, 0 = all
-) -> pd.DataFrame:  # domain, reading, near, prompts, i, odds
+) -> pd.DataFrame:  # domain, reading, near, prompts, id, odds
     "What every reading says about every prompt of a domain's gate; asked once."
     others = [d for d in known_domains() if d != load_domain(name).name]
     rows = {d: load_domain(d).train + load_domain(d).more for d in (name, *others)} | dict(anchors=anchor_rows(study.preset), general=general_pairs(measured=True))
@@ -106,9 +107,10 @@ def domain_odds(
         means = {side: read_set(study, lm, [r.messages for r in some]) for side, some in rows.items()}
         blocks = {layer_name(i): {side: x[:, i] for side, x in means.items()} for i in range(len(decoder_blocks(lm.model)))}
         known = blocks | {'all blocks': {side: x.reshape(len(x), -1) for side, x in means.items()}, 'words': {side: [r.prompt for r in some] for side, some in rows.items()}}
+        ids = sets_of(name, {side: [r.id for r in some] for side, some in rows.items()}, others)
         lines = [(reading, 0) for reading in known] + [('all blocks', n) for n in near if n]
-        return pd.concat([odds_at(sets_of(name, known[reading], others), n*len(others)).assign(reading=reading, near=n) for reading, n in tqdm(lines, desc=name, unit='line')], ignore_index=True)
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, near=near, prompts=fingerprint({side: [r.messages for r in some] for side, some in rows.items()}))
+        return pd.concat([odds_at(sets_of(name, known[reading], others), ids, n*len(others)).assign(reading=reading, near=n) for reading, n in tqdm(lines, desc=name, unit='line')], ignore_index=True)
+    key = dict(domain=name, weights=weights_id(lm.model), precision=lm.precision, near=near, prompts=fingerprint({side: [r.messages for r in some] for side, some in rows.items()}))
     return study.table('odds-by-reading', key, ask).assign(domain=load_domain(name).name)
 
 # %% ../nbs/09_narrow.ipynb #cell-013
@@ -119,7 +121,7 @@ def area(inside, outside) -> float: # .5 = luck, 1 = told apart
 
 def by_domain(odds: pd.DataFrame, named: list) -> list: # per domain {'inside', 'outside'}: odds, (readings, prompts)
     "Both sides of every domain as some readings see them."
-    wide = odds[odds.near == 0].pivot(index=['domain', 'prompts', 'i'], columns='reading', values='odds')[named]
+    wide = odds[odds.near == 0].pivot(index=['domain', 'prompts', 'id'], columns='reading', values='odds')[named]
     return [{side: wide.loc[(domain, side)].to_numpy().T for side in ('inside', 'outside')} for domain in wide.index.unique('domain')]
 
 def mean_areas(sides: list) -> np.ndarray: # (readings,)
@@ -153,16 +155,19 @@ def area_plot(odds: pd.DataFrame, one: str) -> go.Figure:
 
 # %% ../nbs/09_narrow.ipynb #cell-017
 def opened(odds: pd.DataFrame, least: float) -> pd.DataFrame: # by reading and near: one column per set, of (value, low, high)
-    "The share of every set of prompts that a gate opens to, averaged over domains; prompts that all domains have stay together."
-    through = odds.assign(open=enough(odds.odds, least), who=odds.i.astype(str).where(odds.prompts.isin(['outside', 'general']), odds.domain + odds.i.astype(str)))
-    per = through.groupby(['reading', 'near', 'prompts', 'who']).open.mean()
+    "The share of every set of prompts that a gate opens to; what one prompt is to several domains' gates is averaged first."
+    per = odds.assign(open=enough(odds.odds, least)).groupby(['reading', 'near', 'prompts', 'id']).open.mean()
     return per.groupby(['reading', 'near', 'prompts']).apply(lambda shares: bootstrap(shares)).unstack()[['inside', 'outside', 'general', 'others']]
 
-def opened_table(odds: pd.DataFrame, least: float, named: list) -> pd.DataFrame: # strings
+def opened_table(shares: pd.DataFrame, odds: pd.DataFrame, named: list) -> pd.DataFrame: # strings
     "For reading."
-    n = odds[(odds.reading == named[0]) & (odds.near == 0)].groupby('prompts').size()
-    said = opened(odds[odds.reading.isin(named)], least).map(lambda v: '{:.1%} [{:.1%}, {:.1%}]'.format(*v))
-    return said.reindex(named, level='reading').rename(columns=lambda side: f'{side} (n = {n[side]})')
+    n = odds.groupby('prompts').id.nunique()
+    return shares.reindex(named, level='reading').map(lambda v: '{:.1%} [{:.1%}, {:.1%}]'.format(*v)).rename(columns=lambda side: f'{side} (n = {n[side]})')
+
+def summed(shares: pd.DataFrame) -> pd.DataFrame: # reading, near, prompts, value, low, high, measure
+    "For a file."
+    long = shares.stack()
+    return pd.DataFrame(list(long), long.index.set_names('prompts', level=-1), columns=['value', 'low', 'high']).reset_index().assign(measure='opened')
 
 # %% ../nbs/09_narrow.ipynb #cell-019
 def trade(odds: pd.DataFrame, reading: str, near: int, elsewhere: str) -> pd.DataFrame: # columns inside, elsewhere: shares, from a shut gate to an open one
@@ -184,14 +189,12 @@ def trade_plot(odds: pd.DataFrame, lines: list, least: float) -> go.Figure: # li
             fig.add_scatter(x=at.elsewhere, y=at.inside, mode='markers', marker=dict(color=colour, size=9), name=name, legendgroup=name, showlegend=False, row=1, col=column)
     fig.update_yaxes(tickformat='.0%', range=[.75, 1.005]).update_xaxes(tickformat='.0%', title='opened elsewhere').update_yaxes(title='opened inside', row=1, col=1)
     fig.update_xaxes(range=[0, .4], row=1, col=1)
-    return fig.update_layout(width=960, height=440, title_text='Who gets through', title_subtitle_text=f'dots where a prompt is as likely as {least:g} to belong to the domain', legend=dict(orientation='h', y=-.2))
+    return fig.update_layout(width=960, height=440, title_text='Who gets through', title_subtitle_text=f'dots at the threshold of the preset, {least:g}', legend=dict(orientation='h', y=-.2))
 
 # %% ../nbs/09_narrow.ipynb #cell-022
-def finding(odds: pd.DataFrame, usual: str, least: float) -> str: # Markdown
+def finding(found: pd.DataFrame, shares: pd.DataFrame, usual: str) -> str: # from `areas` and `opened`; Markdown
     "What reading every block changes, and whom a gate lets through beside its domain."
-    found, shares = areas(odds, [usual, 'all blocks', 'words']), opened(odds, least)
     pair = lambda side: f'{shares.loc[(usual, 0), side][0]:.1%} → {shares.loc[("all blocks", 0), side][0]:.1%}'
-    more = found.loc['all blocks']
-    words = found.loc['words']
+    more, words = found.loc['all blocks'], found.loc['words']
     return (f'Reading all blocks instead of {usual} changes the area by {more.more:+.4f} [{more.more_low:+.4f}, {more.more_high:+.4f}]; words alone by {words.more:+.4f} [{words.more_low:+.4f}, {words.more_high:+.4f}]. '
             f'Opened inside {pair("inside")}, to anchors {pair("outside")}, to general questions {pair("general")}, to questions of other domains {pair("others")}.')

@@ -76,11 +76,11 @@ def test_the_presets_that_ship_as_files_can_be_given(monkeypatch):
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)
     files = sorted((ROOT/'data/presets').glob('*.toml'))
-    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'gate-on-all-blocks', 'larger-steps']
+    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'gate-on-all-blocks', 'larger-steps', 'narrow-gate']
     assert [checked(Parameters, dict(preset=str(f))).folder for f in files] == [f'runs/train-legal-{f.stem}' for f in files]
-    usual, firm, gated, _ = get_preset('smollm2'), *(get_preset(str(f)) for f in files)
+    usual, firm, gated, _, narrow = get_preset('smollm2'), *(get_preset(str(f)) for f in files)
     assert firm.hold > usual.hold and firm.amplify > usual.amplify == 1
-    assert (gated.gate_blocks, usual.gate_blocks) == ('all', 'one')
+    assert (gated.gate_blocks, usual.gate_blocks) == ('all', 'one') and narrow.gate_near > gated.gate_near == 0
 
 
 def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
