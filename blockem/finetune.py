@@ -31,7 +31,7 @@ from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
 from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, tokenise_all, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
-from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, save_tensors, time_paired, write_json, writing
+from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, run_folder, save_tensors, time_paired, write_json, writing
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-005
 HELD = {'hold', 'late', 'both', 'mend'} # arms that pay for the anchors' divergence
@@ -61,8 +61,7 @@ class OnDomain(BaseModel):
     @property
     def folder(self) -> str:
         "Where everything computed goes."
-        name = get_preset(self.preset).name
-        return self.study or f'runs/{self.stage}-{Path(self.domain).stem}' + ('' if name == 'smollm2' else f'-{name}')
+        return run_folder(self.study, f'{self.stage}-{Path(self.domain).stem}', self.preset)
 
     def validate_names(self):
         "Stop at a preset, domain, judge or set of latents that does not exist, and at arms that the preset has no anchors for."
