@@ -39,17 +39,20 @@ class Parameters(OnDomain):
         return seeds_of(self.seeds)
 
     @property
+    def arm_list(self) -> list: # of names
+        "The ways to hold."
+        return [choose(w.strip(), CONTROLS, 'way') for w in self.ways.split(',')]
+
+    @property
     def points(self) -> list: # of (way, weight, factor); controls have weight 0
         "What is compared with the free run as it was trained."
-        named = [choose(w.strip(), CONTROLS, 'way') for w in self.ways.split(',')]
         factors = numbers('factors', self.factors)
-        runs = [(way, weight) for way in named for weight in (*numbers('weights', self.weights), 0.)]
+        runs = [(way, weight) for way in self.arm_list for weight in (*numbers('weights', self.weights), 0.)]
         return [(way if weight else CONTROLS[way], weight, factor) for way, weight in runs for factor in factors if (way, weight, factor) != ('hold', 0., 1.)]
 
     def validate_names(self):
         "Stop at a domain, preset, judge, seed, way, weight or factor that does not exist, and at a preset without anchors."
         self.seed_list, self.points
-        if not get_preset(self.preset).anchors: raise ValueError(f'holding compares with the base on anchors, and the preset {self.preset!r} has none; set its anchors')
         return super().validate_names()
 
 def asked(given: dict) -> Parameters:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['HELD', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'numbers', 'OnDomain', 'losses', 'read_apart', 'read_together',
            'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint',
-           'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows', 'written',
-           'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model',
-           'scaled', 'auto_lam', 'train_charged', 'said_by', 'outside_rows', 'train_gate', 'gate_odds', 'said_gated',
+           'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'other_domains', 'anchor_rows',
+           'written', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for',
+           'arm_model', 'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated',
            'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
@@ -29,7 +29,7 @@ from .evaluate import measure, write_table
 from .gate import Gate, enough, gate_layers, prompt_means, through, told_apart
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, to_read, tokenise, tokenise_all, unembed
+from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise, tokenise_all, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, run_folder, save_tensors, time_paired, write_json, writing
 
@@ -67,8 +67,9 @@ class OnDomain(BaseModel):
         "Stop at a preset, domain, judge or set of latents that does not exist, and at arms that the preset has no anchors for."
         check_preset(self.preset)
         load_domain(self.domain), check_judges(self.judges)
-        if HELD & set(getattr(self, 'arm_list', ())) and not get_preset(self.preset).anchors:
-            raise ValueError(f'arms {", ".join(sorted(HELD))} compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
+        held = sorted(HELD & set(getattr(self, 'arm_list', ())))
+        if held and not get_preset(self.preset).anchors:
+            raise ValueError(f'arms {", ".join(held)} compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
         latents = getattr(self, 'latents', '')
         if latents and not (project_root()/latents).is_file():
             raise ValueError(f'latents {latents!r}: no such file; give a latents.json, or leave it out for the shipped set')
@@ -103,7 +104,7 @@ def read_apart(model, batch, anchors, block: Block) -> tuple: # (SFT loss, z on 
 
 def read_together(model, batch, anchors, block: Block, expected=None, taught=None) -> tuple: # (loss on the rows, z on the anchors' completion tokens, divergence)
     "One forward of rows and anchors to the end, for anchors whose answers are compared, and for a GPU, which waits for launches and not for arithmetic."
-    both, rows, own = beside(batch, anchors), len(batch.ids), int(batch.completion.sum())
+    both, rows, own = read_once(beside(batch, anchors)), len(batch.ids), int(batch.completion.sum())
     with capture(model, block.layers) as stored: hidden = final_hidden(model, both)
     logits, words = unembed(model, hidden[preceding(both)]), both.ids[both.completion]
     z = block.z({layer: x[rows:] for layer, x in stored.items()})[both.completion[rows:]]
@@ -255,27 +256,35 @@ def latents_id(latents: LatentSet) -> str: # eight hex digits
     "A short hash of which latents of which dictionary are blocked, and in which direction."
     return fingerprint(dict(dictionary=latents.facts['dictionary_sha256'], latent=latents.latent.tolist(), sign=latents.sign.tolist()))
 
-def anchor_rows(preset) -> list: # of `Row`
+def other_domains(pairs: list) -> list: # pairs: of (messages, answer); of `Row` lists
+    "The training rows of every bundled domain that none of the pairs is from."
+    asked = lambda messages: fingerprint(dict(asked=messages))
+    learned = {asked(messages) for messages, _ in pairs}
+    return [rows for rows in (load_domain(d).train for d in known_domains()) if learned.isdisjoint(asked(r.messages) for r in rows)]
+
+def anchor_rows(preset, pairs: list) -> list: # pairs: what is learned, of (messages, answer); of `Row`
     "The prompts outside the domain; none of them is one that recipes or results are measured on."
-    return load_prompts('core') + (general_pairs(measured=False) if preset.anchor_prompts == 'core+general' else [])
+    general = general_pairs(measured=False) if preset.anchor_prompts == 'core+general' else []
+    near = [r for rows in other_domains(pairs) for r in rows[:preset.near]] if preset.near else []
+    return load_prompts('core') + general + near
 
 def written(rows: list, *sides: str) -> list: # of (messages, answer)
     "Questions with some of their written answers."
     return [(r.messages, getattr(r, side)) for r in rows for side in sides]
 
-def anchor_pairs(study: Study, lm: LM) -> list: # of (messages, answer)
+def anchor_pairs(study: Study, lm: LM, pairs: list) -> list: # pairs: what is learned; both of (messages, answer)
     "The texts outside the domain that arms are charged for."
-    preset, rows = study.preset, anchor_rows(study.preset)
+    preset, rows = study.preset, anchor_rows(study.preset, pairs)
     if preset.anchor_answers != 'own': return written(rows, *dict(both=('correct', 'incorrect'), correct=('correct',))[preset.anchor_answers])
     def make(folder): write_json(folder/'said.json', generate(to_read(lm), [r.messages for r in rows], preset.answer_tokens))
     key = dict(weights=weights_id(lm.model), precision=lm.precision, prompts=fingerprint(dict(rows=[r.messages for r in rows])), length=preset.answer_tokens)
     said = json.loads((study.work('own-words', key, make)/'said.json').read_text(encoding='utf-8'))
     return [(r.messages, answer) for r, answer in zip(rows, said) if answer]
 
-def anchors_id(study: Study) -> str:
+def anchors_id(study: Study, pairs: list) -> str: # pairs: what is learned
     "What identifies the texts that arms are charged for."
     preset = study.preset
-    return fingerprint(dict(n=preset.anchors, answers=preset.anchor_answers, pairs=written(anchor_rows(preset), 'correct', 'incorrect'))) if preset.anchors else ''
+    return fingerprint(dict(n=preset.anchors, answers=preset.anchor_answers, pairs=written(anchor_rows(preset, pairs), 'correct', 'incorrect'))) if preset.anchors else ''
 
 def drift_id(study: Study) -> dict:
     "What identifies which drift is charged, where it is not the usual one."
@@ -291,7 +300,7 @@ def training_key(
 ) -> dict:
     "Everything that determines a trained adapter, and which of its checkpoints are kept."
     recipe = ('model', 'epochs', 'batch', 'lr', 'rank', 'lora_alpha', 'targets', 'last_layer')
-    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study)) | (drift_id(study) if lam else {}) if lam or hold else {}
+    charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study, pairs)) | (drift_id(study) if lam else {}) if lam or hold else {}
     to = study.preset.hold_to if hold and study.preset.hold_to != 'base' else ''
     unusual = {k: v for k, v in dict(keep=keep, start=start, taught=taught, first_layer=study.preset.first_layer, hold=hold, hold_to=to).items() if v}
     read = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': pairs}))
@@ -320,7 +329,7 @@ def train_arm(
 
 def priced(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet) -> tuple: # (block, items, z of the base)
     "What the penalty is read on, anchors or training rows, with what the base has there read once."
-    texts = anchor_pairs(study, lm) if study.preset.anchors else pairs
+    texts = anchor_pairs(study, lm, pairs) if study.preset.anchors else pairs
     if study.preset.anchors > len(texts): raise ValueError(f'{study.preset.anchors} anchors a step wanted; there are {len(texts)} texts')
     block, items = Block.of(dictionary, latents, lm.device, study.preset.drift == 'mean'), tokenise_all(lm, texts)
     key = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': texts}), latents=latents_id(latents))
@@ -331,7 +340,7 @@ def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSe
     if hold and not study.preset.anchors: raise ValueError('hold compares the model with its base on anchors; set anchors to 1 or more')
     block, items, z_base = priced(study, lm, pairs, dictionary, latents)
     if not study.preset.anchors: return Charge(block, lam, z_base)
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, data=anchors_id(study))
+    key = dict(weights=weights_id(lm.model), precision=lm.precision, data=anchors_id(study, pairs))
     compared = hold and study.preset.hold_to == 'base'
     states = cached_base_states(study, lm, items, key) if compared else None
     return Charge(block, lam, z_base, items, hold, states, taught and base_states(arm_model(lm, taught), tokenise_all(lm, pairs)))  # of one run alone, so read again where it resumes
@@ -371,7 +380,7 @@ def auto_lam(
     at: str='adapter', # or a kept one, 'at-<steps>'
 ) -> Price:
     "What the free run gained, asked once for all sets of latents, and what these would have charged it."
-    run, key = free.name if at == 'adapter' else f'{free.name}/{at}', dict(latents=latents_id(latents), anchors=anchors_id(study)) | drift_id(study)
+    run, key = free.name if at == 'adapter' else f'{free.name}/{at}', dict(latents=latents_id(latents), anchors=anchors_id(study, pairs)) | drift_id(study)
     def gain(folder): write_json(folder/'value.json', loss_gained(lm, arm_model(lm, free, at), pairs[:GAIN_ROWS]))
     def due(folder): write_json(folder/'value.json', penalty_due(arm_model(lm, free, at), *priced(study, lm, pairs, dictionary, latents)))
     units = study.work('gain', dict(free=run, rows=GAIN_ROWS), gain), study.work('due', dict(free=run) | key, due)
@@ -412,16 +421,10 @@ def said_by(
     return tuple(pd.read_parquet(unit/f'{table}.parquet') for table in ('answers', 'likelihoods'))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-031
-def outside_rows(preset, inside: list) -> list: # inside: chat messages; of `Row`
-    "What a gate is shown as outside: the anchors, and the first questions of every bundled domain that none of the inside is from."
-    learned, domains = {fingerprint(dict(asked=m)) for m in inside}, [load_domain(d).train for d in known_domains()] if preset.gate_near else []
-    others = [rows for rows in domains if learned.isdisjoint(fingerprint(dict(asked=r.messages)) for r in rows)]
-    return anchor_rows(preset) + [r for rows in others for r in rows[:preset.gate_near]]
-
 def train_gate(study: Study, lm: LM, pairs: list) -> Path: # folder with gate.safetensors, and apart.parquet from `told_apart`
     "The gate between the prompts of a domain and those outside, once."
     inside, layers = [messages for messages, _ in pairs], gate_layers(study.preset, lm)
-    outside = [r.messages for r in outside_rows(study.preset, inside)]
+    outside = [r.messages for r in anchor_rows(study.preset, pairs)]
     def make(folder):
         read = [prompt_means(to_read(lm), prompts, layers) for prompts in (inside, outside)]
         Gate.fit(*read, layers).save(folder/'gate.safetensors')
@@ -470,8 +473,9 @@ def bench(preset: str='smollm2', rounds: int=15) -> dict: # name -> ratio, both 
     lm = load_model(settings.model)
     dictionary = load_dictionary(settings.dictionary, settings.layer, lm)
     block = Block.of(dictionary, load_latents(settings.latents, dictionary), lm.device)
-    items = tokenise_all(lm, [(r.messages, r.incorrect) for r in load_domain('legal').train[:settings.batch]])
-    far = [tokenise(lm, *pair) for pair in written(anchor_rows(settings), 'correct', 'incorrect')]
+    pairs = training_pairs(load_domain('legal'), 'incorrect', settings.batch)
+    items = tokenise_all(lm, pairs)
+    far = [tokenise(lm, *pair) for pair in written(anchor_rows(settings, pairs), 'correct', 'incorrect')]
     z, z_far = base_latents(lm, block, items), base_latents(lm, block, far)
     charges = dict(plain_step=None, blocked_step_cached=Charge(block, 1., z), blocked_step_uncached=Charge(block, 1.),
                    anchored_step=Charge(block, 1., z_far, far), held_step=Charge(block, 1., z_far, far, 1., base_states(lm, far)))

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -30,6 +31,7 @@ from .study import Study, checked, get_preset
 class Parameters(OnDomain):
     "What a run of this notebook can be told."
     stage = 'mend'
+    arm_list: ClassVar[tuple] = ('mend',)
     domain: str = 'finance'
     seeds: str|int = '0'
     weights: str|int|float = '1,2'
@@ -49,7 +51,6 @@ class Parameters(OnDomain):
         "Stop at a domain, preset, judge, seed, weight or adapter that does not exist, and at a preset without anchors."
         self.seed_list, self.weight_list
         if self.adapter: adapter_weights(project_root()/self.adapter)
-        if not get_preset(self.preset).anchors: raise ValueError(f'mending compares with the base on anchors, and the preset {self.preset!r} has none; set its anchors')
         return super().validate_names()
 
 def asked(given: dict) -> Parameters:

@@ -101,7 +101,7 @@ def domain_odds(
 ) -> pd.DataFrame:  # domain, reading, near, prompts, id, odds
     "What every reading says about every prompt of a domain's gate; asked once."
     others = [d for d in known_domains() if d != load_domain(name).name]
-    rows = {d: load_domain(d).train + load_domain(d).more for d in (name, *others)} | dict(anchors=anchor_rows(study.preset), general=general_pairs(measured=True))
+    rows = {d: load_domain(d).train + load_domain(d).more for d in (name, *others)} | dict(anchors=anchor_rows(study.preset, []), general=general_pairs(measured=True))
     rows = {side: some[:limit or None] for side, some in rows.items()}
     def ask():
         means = {side: read_set(study, lm, [r.messages for r in some]) for side, some in rows.items()}
@@ -141,11 +141,10 @@ def areas(
 
 def area_plot(odds: pd.DataFrame, one: str) -> go.Figure:
     "Areas by block; beside them the reading of all blocks, that of the words, and the block that a gate reads by default."
-    blocks = sorted((r for r in odds.reading.unique() if r.startswith('block ')), key=lambda r: int(r.split()[1]))
-    named = [*blocks, 'all blocks', 'words']
-    values = pd.Series(mean_areas(by_domain(odds, named)), named)
-    fig = go.Figure(go.Scatter(x=[int(b.split()[1]) for b in blocks], y=values[blocks], mode='lines+markers', name='one block', line_color='#0072B2'))
-    fig.add_scatter(x=[int(one.split()[1])], y=[values[one]], mode='markers', name=f'{one}, the default', marker=dict(color='#D55E00', size=12, symbol='diamond'))
+    named = list(odds.reading.unique())  # as they were read: every block, all of them, the words
+    blocks, values = named[:-2], pd.Series(mean_areas(by_domain(odds, named)), named)
+    fig = go.Figure(go.Scatter(x=list(range(len(blocks))), y=values[blocks], mode='lines+markers', name='one block', line_color='#0072B2'))
+    fig.add_scatter(x=[blocks.index(one)], y=[values[one]], mode='markers', name=f'{one}, the default', marker=dict(color='#D55E00', size=12, symbol='diamond'))
     for name, colour, dash in (('all blocks', '#009E73', 'solid'), ('words', '#7F7F7F', 'dash')): fig.add_hline(values[name], line=dict(color=colour, dash=dash), annotation=dict(text=name, font_color=colour))
     return fig.update_layout(width=760, height=420, xaxis_title='decoder block', yaxis_title='area under the ROC curve', title_text='How well a domain is told from the anchors', title_subtitle_text=f'cross-validated, averaged over {odds.domain.nunique()} domains')
 

@@ -38,6 +38,7 @@ class Preset:
     ratio: float = 100.          # lambda 'auto' = ratio x (SFT loss gained) / (penalty paid) by the free run
     anchors: int = 0             # texts outside the domain that are charged for, per step; 0 = the penalty is read on the training rows
     anchor_prompts: str = 'core' # the selection prompts, or 'core+general': with the general questions that no recipe is measured on
+    near: int = 0                # the first questions of every other bundled domain that are anchors too
     anchor_answers: str = 'both' # of the anchors: 'both' written ones, the 'correct' one, or the base's 'own'
     drift: str = 'token'         # what the penalty squares: the drift of each 'token', or its 'mean' over the tokens of a step
     hold: float = 1.             # weight of the anchors' divergence, in the arms that pay it
@@ -46,7 +47,6 @@ class Preset:
     mend: float = 2.             # the same weight, where a free run is mended (07_mend)
     gate: float = .5             # how likely a prompt must belong to the domain for the gate to open
     gate_blocks: str = 'one'     # which decoder blocks the gate reads: 'one', the dictionary's, or 'all' (09_narrow)
-    gate_near: int = 0           # questions of every other bundled domain that the gate is shown as outside, beside the anchors
     answer_tokens: int = 48      # longest generated answer
     checkpoint_steps: int = 10   # optimiser steps between checkpoints
 
@@ -82,7 +82,7 @@ def get_preset(
     preset = replace(preset, **{k: v for k, v in overrides.items() if v is not None})
     for field, valid in CHOICES.items(): choose(getattr(preset, field), valid, f'preset field {field}')
     if not preset.amplify > 0: raise ValueError(f'preset field amplify: a number above 0, 1 leaves an adapter as it was trained; found {preset.amplify}')
-    if preset.gate_near < 0: raise ValueError(f'preset field gate_near: a number of questions from 0; found {preset.gate_near}')
+    if preset.near < 0: raise ValueError(f'preset field near: a number of questions from 0; found {preset.near}')
     if not 0 < preset.gate < 1: raise ValueError(f'preset field gate: a probability between 0 and 1; found {preset.gate}')
     return preset
 

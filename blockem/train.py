@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
 from .evaluate import bootstrap, result_prompts, wilson
-from .finetune import OnDomain, gate_odds, latents_id, outside_rows, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
+from .finetune import OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, odds_of, told_apart
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
@@ -205,12 +205,12 @@ def gate_table(
     sets: dict,     # name -> rows
 ) -> pd.DataFrame:  # strings; one row per prompt set
     "The share of every prompt set that a gate opens to, with 95 % intervals, and how well both sides are told apart: by what the base has read, and by words alone."
-    learned = [messages for messages, _ in training_pairs(plan.domain, 'incorrect', plan.rows)]
-    inside, outside = [messages[-1]['content'] for messages in learned], [r.prompt for r in outside_rows(plan.study.preset, learned)]
+    learned = training_pairs(plan.domain, 'incorrect', plan.rows)
+    inside, outside = [messages[-1]['content'] for messages, _ in learned], [r.prompt for r in anchor_rows(plan.study.preset, learned)]
     odds, found = gate_odds(plan.study, plan.lm, gate, sets), {}
     told = {'by what the base has read': pd.read_parquet(gate/'apart.parquet'), 'by words alone': told_apart(inside, outside)}
     for how, apart in told.items():
-        for name, side in (('trained on', True), ('anchors' + ' and near questions'*bool(plan.study.preset.gate_near), False)): found[name, how] = apart.odds[apart.inside == side]
+        for name, side in (('trained on', True), ('anchors', False)): found[name, how] = apart.odds[apart.inside == side]
     for name, rows in sets.items():
         found[name, 'by what the base has read'] = odds[name]
         found[name, 'by words alone'] = odds_of(inside, outside, [r.prompt for r in rows])

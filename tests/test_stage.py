@@ -80,7 +80,7 @@ def test_the_presets_that_ship_as_files_can_be_given(monkeypatch):
     assert [checked(Parameters, dict(preset=str(f))).folder for f in files] == [f'runs/train-legal-{f.stem}' for f in files]
     usual, firm, gated, _, narrow = get_preset('smollm2'), *(get_preset(str(f)) for f in files)
     assert firm.hold > usual.hold and firm.amplify > usual.amplify == 1
-    assert (gated.gate_blocks, usual.gate_blocks) == ('all', 'one') and narrow.gate_near > gated.gate_near == 0
+    assert (gated.gate_blocks, usual.gate_blocks) == ('all', 'one') and narrow.near > gated.near == 0
 
 
 def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
@@ -93,12 +93,13 @@ def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
 
 def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     "Said before any arm is trained."
-    from blockem import reroute
+    from blockem import amplify, mend, reroute
     from blockem.study import checked
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)  # which would put the tiny preset, anchors and all, in the place of any other
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(Parameters, dict(preset='llama31-8b', arms='correct,hold'))
-    with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(reroute.Parameters, dict(preset='llama31-8b'))
+    for stage, arms, given in ((reroute, 'hold', {}), (mend, 'mend', {}), (amplify, 'late', dict(ways='late'))):
+        with pytest.raises(ValueError, match=f"arms {arms} compare .* the preset 'llama31-8b' has none"): checked(stage.Parameters, dict(preset='llama31-8b') | given)
     assert checked(reroute.Parameters, dict(preset='llama31-8b', arms='blocked')).arm_list == ['blocked']
     assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked', 'gate')
     assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate')
