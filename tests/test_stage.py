@@ -76,7 +76,7 @@ def test_the_presets_that_ship_as_files_can_be_given(monkeypatch):
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)
     files = sorted((ROOT/'data/presets').glob('*.toml'))
-    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'gate-on-all-blocks', 'larger-steps', 'narrow-gate']
+    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'gate-on-all-blocks', 'larger-steps', 'narrow']
     assert [checked(Parameters, dict(preset=str(f))).folder for f in files] == [f'runs/train-legal-{f.stem}' for f in files]
     usual, firm, gated, _, narrow = get_preset('smollm2'), *(get_preset(str(f)) for f in files)
     assert firm.hold > usual.hold and firm.amplify > usual.amplify == 1
