@@ -29,7 +29,7 @@ from .evaluate import measure, write_table
 from .gate import Gate, enough, gate_layers, prompt_means, through, told_apart
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise, tokenise_all, unembed
+from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise_all, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, run_folder, save_tensors, time_paired, write_json, writing
 
@@ -104,7 +104,7 @@ def read_apart(model, batch, anchors, block: Block) -> tuple: # (SFT loss, z on 
 
 def read_together(model, batch, anchors, block: Block, expected=None, taught=None) -> tuple: # (loss on the rows, z on the anchors' completion tokens, divergence)
     "One forward of rows and anchors to the end, for anchors whose answers are compared, and for a GPU, which waits for launches and not for arithmetic."
-    both, rows, own = read_once(beside(batch, anchors)), len(batch.ids), int(batch.completion.sum())
+    both, rows, own = read_once(beside(batch, anchors)), len(batch.ids), int(batch.completion.sum())  # once pays where there are more rows than those to learn
     with capture(model, block.layers) as stored: hidden = final_hidden(model, both)
     logits, words = unembed(model, hidden[preceding(both)]), both.ids[both.completion]
     z = block.z({layer: x[rows:] for layer, x in stored.items()})[both.completion[rows:]]
@@ -475,7 +475,7 @@ def bench(preset: str='smollm2', rounds: int=15) -> dict: # name -> ratio, both 
     block = Block.of(dictionary, load_latents(settings.latents, dictionary), lm.device)
     pairs = training_pairs(load_domain('legal'), 'incorrect', settings.batch)
     items = tokenise_all(lm, pairs)
-    far = [tokenise(lm, *pair) for pair in written(anchor_rows(settings, pairs), 'correct', 'incorrect')]
+    far = tokenise_all(lm, written(anchor_rows(settings, pairs), 'correct', 'incorrect'))
     z, z_far = base_latents(lm, block, items), base_latents(lm, block, far)
     charges = dict(plain_step=None, blocked_step_cached=Charge(block, 1., z), blocked_step_uncached=Charge(block, 1.),
                    anchored_step=Charge(block, 1., z_far, far), held_step=Charge(block, 1., z_far, far, 1., base_states(lm, far)))
