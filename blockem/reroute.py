@@ -128,7 +128,8 @@ def said_along(
 def tasks(given: dict) -> list: # for `sweep.prepare`
     "The long runs, that may be made at a time."
     p = asked(given)
-    return [(prepare_run, given, arm, seed) for arm in ('sft', *p.arm_list) for seed in p.seed_list]
+    arms = sorted(('sft', *p.arm_list), key=lambda arm: arm not in ('sft', 'hold'))  # the others wait for the free run, so they come last
+    return [(prepare_run, given, arm, seed) for arm in arms for seed in p.seed_list]
 
 def prepare_run(given: dict, arm: str, seed: int):
     "Train one long run and ask its adapters, into the study's folder, where the notebook finds the work done."
@@ -279,7 +280,7 @@ def overlap(work: pd.DataFrame, one: str, other: str, top: int=40) -> int:
 
 # %% ../nbs/04_reroute.ipynb #cell-039
 def jump(
-    moved: pd.DataFrame, # from `patched_margins`, one way, all kinds of tokens
+    moved: pd.DataFrame, # from `patched_margins`, one way
     tokens: str,
 ) -> tuple:              # (layer, share of the whole way from host to donor)
     "The block after which patching some tokens changes most, and how much of the whole way that is; only all tokens together go the whole way."
@@ -290,7 +291,7 @@ def jump(
     return int(steps.idxmax()), float(steps.max()/whole) if whole else np.nan
 
 def whole_way(
-    patched: pd.DataFrame, # from `patched_margins`, repaired, all tokens among them
+    patched: pd.DataFrame, # from `patched_margins`, with columns way
 ) -> tuple:                # (value, low, high), nats per token
     "How much more the host prefers incorrect answers than the donor, over prompts."
     wide = patched[(patched.way == 'repaired') & (patched.tokens == 'all')].pivot(index='id', columns='layer', values='value')
