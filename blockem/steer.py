@@ -105,7 +105,7 @@ def _answer(lm: LM, items: list, rows: list, length: int, read, steering) -> lis
     prompts, which, alpha = map(list, zip(*rows))
     with contextlib.ExitStack() as stack:
         push = lambda: stack.enter_context(pushing(lm.model, steering.layer, steering.push(which, alpha))).left if steering else lambda keep: None
-        if read is None: left, start = push(), prefill(lm, [items[i] for i in prompts])
+        if read is None: left, start = push(), prefill(lm, [items[i] for i in prompts], apart=True)
         else: start, left = read.take(torch.tensor(prompts, device=lm.device)), push()
         return answers_said(lm, len(rows), tokens_said(lm, start, length, left=left))
 
