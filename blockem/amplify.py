@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from .data import choose
-from .evaluate import bootstrap, selection_prompts
+from .evaluate import bootstrap, by_judge, selection_prompts
 from .finetune import OnDomain, numbers, said_by, scaled, seeds_of, train_arm, train_charged
 from .mend import MEASURES, Trial, compared
 from .study import checked, get_preset
@@ -117,10 +117,9 @@ def smoothed(found: pd.DataFrame) -> pd.Series: # by (way, weight, factor), best
 
 def grid_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per point
     "For reading; one value per judge."
-    say = lambda rows: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge').itertuples())
     shown = found[found.measure.isin(MEASURES)]
     n = shown.groupby('measure').n.max()
-    cells = shown.groupby(['way', 'weight', 'factor', 'measure']).apply(say, include_groups=False).unstack('measure')[list(MEASURES)]
+    cells = shown.groupby(['way', 'weight', 'factor', 'measure']).apply(by_judge, include_groups=False).unstack('measure')[list(MEASURES)]
     return cells.loc[smoothed(found).index].rename(columns=lambda c: f'{MEASURES[c]} (n={n[c]})')
 
 def chosen(found: pd.DataFrame) -> tuple|None: # (way, weight, factor)

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_domain, load_prompts
-from .evaluate import contrasts, selection_prompts, wilson
+from .evaluate import by_judge, contrasts, selection_prompts, wilson
 from .finetune import OnDomain, said_by, said_gated, scaled, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
 from .models import LM, decoder_blocks, load_model
@@ -268,9 +268,8 @@ def beside_own(answers: pd.DataFrame, likelihoods: pd.DataFrame, seeds: dict) ->
 def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per method and setting, the most balanced first
     "For reading: the values of both judges; sorted by the smaller of cut and kept, averaged over judges."
     shown = found[found.method.isin(METHODS)]
-    say = lambda rows: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge').itertuples())
     by = shown.groupby(['method', 'dial', 'setting', 'seeds', 'measure'])
-    cells, mean = by.apply(say, include_groups=False).unstack('measure'), by.value.mean().unstack('measure')
+    cells, mean = by.apply(by_judge, include_groups=False).unstack('measure'), by.value.mean().unstack('measure')
     balance = mean[['cut_general', 'adherence_kept']].min(axis=1)
     n = shown.groupby('measure').n.max()
     wanted = ['cut_general', 'adherence_kept', 'margin_kept', 'incoherent']

@@ -21,7 +21,7 @@ from plotly.subplots import make_subplots
 from .compare import incoherent, within
 from .data import Domain, load_domain, project_root, sha256
 from .directions import check_base
-from .evaluate import contrasts, selection_prompts
+from .evaluate import by_judge, contrasts, selection_prompts
 from .finetune import OnDomain, numbers, said_by, seeds_of, train_arm, train_charged, training_pairs
 from .latents import LatentSet, load_dictionary, load_latents
 from .models import LM, adapter_weights, load_model
@@ -137,10 +137,9 @@ def compared(answers: pd.DataFrame, likelihoods: pd.DataFrame) -> pd.DataFrame: 
 
 def compared_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per arm
     "For reading; one value per judge."
-    say = lambda rows: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge').itertuples())
     shown = found[found.measure.isin(MEASURES)]
     n = shown.groupby('measure').n.max()
-    cells = shown.groupby(['arm', 'measure'], sort=False).apply(say, include_groups=False).unstack('measure')[list(MEASURES)].fillna('')
+    cells = shown.groupby(['arm', 'measure'], sort=False).apply(by_judge, include_groups=False).unstack('measure')[list(MEASURES)].fillna('')
     return cells.rename(columns=lambda c: f'{MEASURES[c]} (n={n[c]})')
 
 def compared_plot(found: pd.DataFrame) -> go.Figure: # from `compared`

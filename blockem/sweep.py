@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .evaluate import bootstrap, contrasts, paired_shares
+from .evaluate import bootstrap, by_judge, contrasts, paired_shares
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-005
 def _join(number, jobs: int):
@@ -85,10 +85,9 @@ def sweep_table(
     evaluation: pd.DataFrame, # from `gather`
 ) -> pd.DataFrame:            # strings, one row per domain and arm
     "For reading: excess EM cut and adherence kept with intervals, incoherence against the free run's; one value per judge."
-    say = lambda rows: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge').itertuples())
     pooled = evaluation[(evaluation.prompts == 'final') & (evaluation.measure == 'incoherence') & evaluation.seed.isin([-1] if (evaluation.seed == -1).any() else evaluation.seed)]
     rates = pd.concat([pooled, pooled.groupby(['arm', 'judge'], as_index=False).value.mean().assign(domain='all')]).set_index(['domain', 'arm', 'judge']).value
     def points(domain, arm): return ' / '.join(f'{100*(rates[domain, arm, j] - rates[domain, "sft", j]):+.0f}' for j in sorted(set(pooled.judge)))
-    rows = [dict(domain=domain, arm=arm, **{'excess EM cut': say(f[f.measure == 'cut_final']), 'adherence kept': say(f[f.measure == 'adherence_kept']), 'incoherence, points': points(domain, arm)})
+    rows = [dict(domain=domain, arm=arm, **{'excess EM cut': by_judge(f[f.measure == 'cut_final']), 'adherence kept': by_judge(f[f.measure == 'adherence_kept']), 'incoherence, points': points(domain, arm)})
             for (domain, arm), f in effects.groupby(['domain', 'arm'], sort=False)]
     return pd.DataFrame(rows).set_index(['domain', 'arm'])

@@ -19,7 +19,7 @@ from pydantic import Field
 from sklearn.metrics import roc_auc_score
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
-from .evaluate import bootstrap, result_prompts, wilson
+from .evaluate import bootstrap, by_judge, result_prompts, wilson
 from .finetune import OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, odds_of, told_apart
 from .judge import REPORTING, SELECTING, check_judges
@@ -241,9 +241,7 @@ def side_by_side(answers: pd.DataFrame, seed: int, prompts: str='final') -> list
 # %% ../nbs/03_train.ipynb #cell-050
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     "What each charged arm removed and kept, with intervals."
-    def say(arm, measure):
-        rows = effect[(effect.arm == arm) & (effect.measure == measure)]
-        return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.itertuples())
+    def say(arm, measure): return by_judge(effect[(effect.arm == arm) & (effect.measure == measure)])
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
     names = dict(gate='a gate before the free run', hold='holding', late='holding afterwards', mend='mending', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
