@@ -84,7 +84,7 @@ def _stage(name: str, given: dict) -> Path: # the study's folder
     return _execute(stage, import_module(f'blockem.{stage[3:]}').Parameters, given)
 
 TOLD = typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any parameter of the notebook, e.g. limit=10')
-JOBS = typer.Option(1, min=1, help='tasks done at a time, each in a process of its own; for a GPU that one leaves idle, or several GPUs')
+JOBS = typer.Option(1, min=1, help='tasks done at a time, each in a process of its own with a share of the cores; for a GPU that one leaves idle, several GPUs, or two cores and more')
 IN_TASKS = ('compare', 'reroute', 'amplify')
 
 def _add(name: str, says: str):
