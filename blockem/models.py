@@ -174,7 +174,7 @@ class _Unembedding(torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor: return torch.cat([F.linear(x, part) for part in self.weight.split(PART)], -1)
 
 def _unembed_in_parts(model):
-    "Let a model's unembedding be multiplied in parts, which stay in a CPU's cache."
+    "Let a model's unembedding be multiplied in parts, which stay in a CPU's cache; one with a bias stays as it is."
     head = model.get_output_embeddings()
     if getattr(head, 'bias', None) is not None: return
     parts = _Unembedding(head.in_features, head.out_features, bias=False, device='meta')

@@ -300,7 +300,7 @@ def jump(
     return int(steps.idxmax()), float(steps.max()/whole) if whole else np.nan
 
 def whole_way(
-    patched: pd.DataFrame, # from `patched_margins`, with columns way
+    patched: pd.DataFrame, # from `patched_margins`, with a column way
 ) -> tuple:                # (value, low, high), nats per token
     "How much more the host prefers incorrect answers than the donor, over prompts."
     wide = patched[(patched.way == 'repaired') & (patched.tokens == 'all')].pivot(index='id', columns='layer', values='value')
