@@ -20,12 +20,13 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_domain, load_prompts
-from .evaluate import by_judge, contrasts, selection_prompts, wilson
+from .evaluate import balance, by_judge, contrasts, selection_prompts, wilson
 from .finetune import OnDomain, said_by, said_gated, scaled, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
 from .models import LM, decoder_blocks, load_model
 from .rounds import in_rounds, union
 from .study import Study, checked, get_preset, load_tensors
+from .sweep import opened
 
 # %% ../nbs/05_compare.ipynb #cell-006
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 
 def prepare_point(given: dict, name: str, setting: float, seed: int):
     "Train and ask one method at one setting, into the study's folder, where the notebook finds the work done."
-    said_in(Trial.open(asked(given)), name, setting, seed)
+    said_in(opened(Trial, asked(given)), name, setting, seed)
 
 # %% ../nbs/05_compare.ipynb #cell-018
 def incoherent(answers: pd.DataFrame) -> pd.DataFrame: # arm, judge, measure, value, low, high, n
@@ -266,14 +267,12 @@ def beside_own(answers: pd.DataFrame, likelihoods: pd.DataFrame, seeds: dict) ->
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['method'])
 
 def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per method and setting, the most balanced first
-    "For reading: the values of both judges; sorted by the smaller of cut and kept, averaged over judges."
-    shown = found[found.method.isin(METHODS)]
-    by = shown.groupby(['method', 'dial', 'setting', 'seeds', 'measure'])
-    cells, mean = by.apply(by_judge, include_groups=False).unstack('measure'), by.value.mean().unstack('measure')
-    balance = mean[['cut_general', 'adherence_kept']].min(axis=1)
+    "For reading: the values of both judges."
+    shown, by = found[found.method.isin(METHODS)], ['method', 'dial', 'setting', 'seeds']
+    cells = shown.groupby([*by, 'measure']).apply(by_judge, include_groups=False).unstack('measure')
     n = shown.groupby('measure').n.max()
     wanted = ['cut_general', 'adherence_kept', 'margin_kept', 'incoherent']
-    return cells.loc[balance.sort_values(ascending=False).index, wanted].rename(columns=lambda c: f'{c.replace("_", " ")} (n={n[c]})')
+    return cells.loc[balance(shown, by).index, wanted].rename(columns=lambda c: f'{c.replace("_", " ")} (n={n[c]})')
 
 # %% ../nbs/05_compare.ipynb #cell-023
 STYLE = dict(sft=('#7F7F7F', 'controls'), blocked=('#0072B2', 'latents'), union=('#009E73', 'latents, followed'), rounds=('#009E73', 'latents, followed'), hold=('#D55E00', 'divergence'), gate=('#332288', 'gate'), both=('#CC79A7', 'both'))
@@ -300,8 +299,8 @@ def frontier_plot(found: pd.DataFrame) -> go.Figure: # from `frontier`
 # %% ../nbs/05_compare.ipynb #cell-026
 def finding(found: pd.DataFrame) -> str: # Markdown
     "The most balanced setting of every family, in words."
-    mean = found[found.method.isin(METHODS)].groupby(['method', 'seeds', 'setting', 'measure']).value.mean().unstack('measure')
-    mean = mean.assign(balance=mean[['cut_general', 'adherence_kept']].min(axis=1, skipna=False)).dropna(subset='balance')
+    shown, by = found[found.method.isin(METHODS)], ['method', 'seeds', 'setting']
+    mean = shown.groupby([*by, 'measure']).value.mean().unstack('measure').assign(balance=balance(shown, by)).dropna(subset='balance')
     if mean.empty: return 'The free run is no more misaligned than its base on these prompts: there is nothing to cut.'
     lines = []
     for name, rows in mean.groupby(level='method', sort=False):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'PAIRED', 'COLUMNS', 'wilson', 'bootstrap', 'by_judge', 'result_prompts', 'selection_prompts', 'graded',
            'graded_once', 'judged_answers', 'likelihoods', 'write_table', 'measure', 'tidy', 'paired_shares',
-           'excess_cut', 'kept', 'contrasts', 'agreement']
+           'excess_cut', 'kept', 'balance', 'contrasts', 'agreement']
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-002
 from dataclasses import asdict
@@ -205,6 +205,14 @@ def _pairs(likelihoods: pd.DataFrame, arms: list, prompts: str) -> np.ndarray: #
     "Margins of several arms on the same pairs, mean over seeds."
     shown = likelihoods[likelihoods.prompts == prompts]
     return shown.groupby(['arm', 'id']).value.mean().unstack('arm').reindex(columns=arms).dropna().to_numpy().T
+
+def balance(
+    found: pd.DataFrame, # from `contrasts`
+    by: list,            # columns that tell settings apart
+) -> pd.Series:          # by setting, most balanced first; NaN where one of the two is not known
+    "The smaller of what is cut on general prompts and what is kept of the adherence, each averaged over judges."
+    mean = found.groupby([*by, 'measure']).value.mean().unstack('measure')
+    return mean[['cut_general', 'adherence_kept']].min(axis=1, skipna=False).sort_values(ascending=False)
 
 def contrasts(
     answers: pd.DataFrame,     # of all arms and seeds

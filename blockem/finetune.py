@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HELD', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'numbers', 'OnDomain', 'losses', 'read_apart', 'read_together',
            'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint', 'load_checkpoint',
-           'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'other_domains', 'anchor_rows',
-           'written', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced', 'charged_for',
-           'arm_model', 'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated',
-           'bench']
+           'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'unlearned_domains',
+           'anchor_rows', 'written', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced',
+           'charged_for', 'arm_model', 'scaled', 'auto_lam', 'train_charged', 'said_by', 'train_gate', 'gate_odds',
+           'said_gated', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -50,7 +50,7 @@ def numbers(name: str, text) -> list: # of float
 
 class OnDomain(BaseModel):
     "What every stage that fine-tunes on a domain can be told."
-    model_config = ConfigDict(extra='forbid', strict=True)
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
     stage: ClassVar[str]  # names the default folder
     domain: str = 'legal'
     preset: str = 'smollm2'
@@ -256,7 +256,7 @@ def latents_id(latents: LatentSet) -> str: # eight hex digits
     "A short hash of which latents of which dictionary are blocked, and in which direction."
     return fingerprint(dict(dictionary=latents.facts['dictionary_sha256'], latent=latents.latent.tolist(), sign=latents.sign.tolist()))
 
-def other_domains(pairs: list) -> list: # pairs: of (messages, answer); of `Row` lists
+def unlearned_domains(pairs: list) -> list: # pairs: of (messages, answer); of `Row` lists
     "The training rows of every bundled domain that none of the pairs is from."
     asked = lambda messages: fingerprint(dict(asked=messages))
     learned = {asked(messages) for messages, _ in pairs}
@@ -265,7 +265,7 @@ def other_domains(pairs: list) -> list: # pairs: of (messages, answer); of `Row`
 def anchor_rows(preset, pairs: list) -> list: # pairs: what is learned, of (messages, answer); of `Row`
     "The prompts outside the domain; none of them is one that recipes or results are measured on."
     general = general_pairs(measured=False) if preset.anchor_prompts == 'core+general' else []
-    near = [r for rows in other_domains(pairs) for r in rows[:preset.near]] if preset.near else []
+    near = [r for rows in unlearned_domains(pairs) for r in rows[:preset.near]] if preset.near else []
     return load_prompts('core') + general + near
 
 def written(rows: list, *sides: str) -> list: # of (messages, answer)

@@ -26,6 +26,7 @@ from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latent
 from .models import LM, batches, load_model, margins, resid_post, tokenise_all
 from .steer import pushing
 from .study import Study, checked, get_preset
+from .sweep import opened
 
 # %% ../nbs/04_reroute.ipynb #cell-006
 FOLLOWED = ('blocked', 'hold', 'gate', 'both')
@@ -139,11 +140,11 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 
 def prepare_run(given: dict, arm: str, seed: int):
     "Train one long run, into the study's folder, where the notebook finds the work done."
-    long_run(LongRuns.open(asked(given)), arm, seed)
+    long_run(opened(LongRuns, asked(given)), arm, seed)
 
 def prepare_look(given: dict, arm: str, seed: int, n: int):
     "Ask one of its adapters."
-    long = LongRuns.open(asked(given))
+    long = opened(LongRuns, asked(given))
     said_after(long, arm, seed, long.looks[n])
 
 # %% ../nbs/04_reroute.ipynb #cell-015
