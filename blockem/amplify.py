@@ -101,7 +101,7 @@ def ask_all(t: Trial, points: list, seeds: list) -> tuple: # (answers, likelihoo
     return tuple(pd.concat(some, ignore_index=True) for some in zip(*tables))
 
 # %% ../nbs/08_amplify.ipynb #amplify-013
-BY = ['way', 'weight', 'factor']
+BY = ['way', 'weight', 'factor'] # what tells points apart
 
 def grid(answers: pd.DataFrame, likelihoods: pd.DataFrame, points: list) -> pd.DataFrame: # way, weight, factor, judge, measure, value, low, high, n
     "Every point against the free run as it was trained; of the base and of that run itself, incoherence."
