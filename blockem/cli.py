@@ -115,7 +115,7 @@ def detect(
     "Say how far an adapter has moved along the direction of misalignment."
     from blockem.data import load_prompts
     from blockem.directions import check_base, detect as read, detect_plot
-    from blockem.models import load_adapter, load_model, to_read
+    from blockem.models import adapted, fast_dtype, load_model, to_read
     from blockem.study import writing
     for name in ('adapter_model.safetensors', 'adapter_config.json'):
         if not (adapter/name).is_file(): raise typer.BadParameter(f'{adapter} holds no {name}')
@@ -124,7 +124,7 @@ def detect(
     lm = load_model(base)
     try:
         check_base(lm, adapter)
-        found, verdict = read(to_read(lm), to_read(load_adapter(lm, adapter)), reference, load_prompts('final'))
+        found, verdict = read(to_read(lm), adapted(lm, adapter, fast_dtype(lm.device.type)), reference, load_prompts('final'))
     except ValueError as e: raise typer.BadParameter(str(e))
     typer.echo(f'{adapter} {verdict}')
     if figure:
@@ -182,8 +182,8 @@ def _train_organism(study, base) -> Path: # an adapter
 
 def _organism(study, base):
     "The base with the finance organism's adapter folded in."
-    from blockem.models import load_adapter
-    return base.with_model(load_adapter(base, _train_organism(study, base)).model.merge_and_unload())
+    from blockem.models import adapted
+    return adapted(base, _train_organism(study, base))
 
 @app.command()
 def organism():

@@ -29,7 +29,7 @@ from .evaluate import measure, write_table
 from .gate import Gate, enough, gate_layers, prompt_means, through, told_apart
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
-from .models import LM, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise_all, unembed
+from .models import LM, adapted, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, fast_dtype, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise_all, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, run_folder, save_tensors, time_paired, write_json, writing
 
@@ -351,7 +351,7 @@ def arm_model(
     at: str='adapter',     # or one that was kept, 'at-<steps>'
 ) -> LM:                   # as it is read
     "A trained arm, ready to be read."
-    return to_read(load_adapter(lm, folder/at))
+    return adapted(lm, folder/at, fast_dtype(lm.device.type))
 
 def scaled(
     study: Study,

@@ -622,25 +622,28 @@ def add_lora(
     with _peft(): return get_peft_model(copy.deepcopy(model), config)
 
 def to_read(
-    lm: LM, # in any precision, with or without an adapter
-) -> LM:    # in `fast_dtype`, plain Hugging Face
-    "The model as it answers and is read: a copy with any adapter folded in."
-    tuned, dtype = hasattr(lm.model, 'merge_and_unload'), fast_dtype(lm.device.type)
-    if not tuned and lm.model.dtype == dtype: return lm
-    model = copy.deepcopy(lm.model)
-    return lm.with_model((model.merge_and_unload() if tuned else model).to(dtype).eval())
+    lm: LM, # plain Hugging Face, in any precision
+) -> LM:    # in `fast_dtype`
+    "A model as it answers and is read: a copy where its precision is another."
+    dtype = fast_dtype(lm.device.type)
+    return lm if lm.model.dtype == dtype else lm.with_model(copy.deepcopy(lm.model).to(dtype).eval())
 
 def adapted(
     base: LM,
-    folder: Path|None, # an adapter; None draws a small random one, the same every time
-) -> LM:               # plain Hugging Face, in the base's precision
-    "The base with an adapter folded in."
-    if folder is not None: return base.with_model(load_adapter(base, folder).model.merge_and_unload().eval())
+    folder: Path|None,       # an adapter; None draws a small random one, the same every time
+    dtype: torch.dtype=None, # `fast_dtype` to read; None for the base's
+) -> LM:                     # plain Hugging Face
+    "The base with an adapter folded in, in the base's precision, and rounded only then."
+    model = _with_small_adapter(base) if folder is None else load_adapter(base, folder).model
+    return base.with_model(model.merge_and_unload().to(dtype or base.model.dtype).eval())
+
+def _with_small_adapter(base: LM): # PeftModel
+    "A random adapter that changes a little, for what is to be shown or tested without training."
     model, draw = add_lora(base.model, 2, 64, ('q_proj', 'v_proj', 'down_proj')), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, w in model.named_parameters():
             if 'lora_B' in name: w.copy_(torch.randn(w.shape, generator=draw)*.1)
-    return base.with_model(model.merge_and_unload().eval())
+    return model
 
 def adapter_weights(
     folder,  # an adapter in PEFT's format
