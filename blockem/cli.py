@@ -316,7 +316,9 @@ def publish(
     "Take over a run's outputs and tables as those the repository shows."
     stages, pooled = [s.stem for s in sorted(study.glob('[0-9][0-9]_*.ipynb'))], (study/'study.parquet').is_file()
     if not stages and (tables or not pooled): raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
-    if tables: written = [w for stage in stages for w in _publish_tables(study, stage, tables)]
+    if tables:
+        written = [w for stage in stages for w in _publish_tables(study, stage, tables)]
+        if not written: raise typer.BadParameter(f"{study} holds {', '.join(stages)}, of which no table is published; these have one: {', '.join(TABLES)}")
     else: written = [w for stage in stages for w in _publish_stage(study, stage)] + (_publish_study(study) if pooled else [])
     typer.echo('published ' + ', '.join(written))
 
