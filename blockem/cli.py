@@ -264,9 +264,9 @@ def _take(source: Path, target: Path):
     target.parent.mkdir(exist_ok=True)
     with writing(target) as p: shutil.copy(source, p)
 
-def _publish_tables(study: Path, stage: str, name: str='') -> list: # what was written
-    "Copy the tables of a stage to data/results, with a name of their own where a repository has another run's as well."
-    targets = {table: f'{target}-{name}.parquet' if name else f'{target}.parquet' for table, target in TABLES.get(stage, {}).items()}
+def _publish_tables(study: Path, names: dict, behind: str='') -> list: # names: of tables there -> in data/results; what was written
+    "Copy tables to data/results, with something behind their names where another run's have these."
+    targets = {table: f'{name}{behind}.parquet' for table, name in names.items()}
     for table, target in targets.items(): _take(study/f'{table}.parquet', data_path('results', target))
     return [f'data/results/{target}' for target in targets.values()]
 
@@ -294,19 +294,13 @@ def _publish_reference(study: Path):
     _take(study/'reference.safetensors', target)
     with writing(target.with_name('README.md')) as p: p.write_text(REFERENCE_CARD.format(study=study, file=target.name, sha256=sha256(target), **facts), encoding='utf-8')
 
-def _publish_study(study: Path) -> list: # what was written
-    "Copy the tables of a `blockem study` to data/results, under the name of its folder."
-    targets = {kind: f'{study.resolve().name}{kind}.parquet' for kind in ('', '_contrasts')}
-    for kind, target in targets.items(): _take(study/f'study{kind}.parquet', data_path('results', target))
-    return [f'data/results/{target}' for target in targets.values()]
-
 def _publish_stage(study: Path, stage: str) -> list: # what was written
     "Take over the outputs of a stage, its tables, and what else it leaves for others."
     take_outputs(study/f'{stage}.ipynb', project_root()/'nbs'/f'{stage}.ipynb')
     if stage == '02_alpha': _publish_latents(study)
     if stage == '03_train': _take(study/'run.json', data_path('results', '03_train.json'))
     if stage == '06_directions': _publish_reference(study)
-    return [f'nbs/{stage}.ipynb', *_publish_tables(study, stage)]
+    return [f'nbs/{stage}.ipynb', *_publish_tables(study, TABLES.get(stage, {}))]
 
 @app.command()
 def publish(
@@ -317,9 +311,11 @@ def publish(
     stages, pooled = [s.stem for s in sorted(study.glob('[0-9][0-9]_*.ipynb'))], (study/'study.parquet').is_file()
     if not stages and (tables or not pooled): raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
     if tables:
-        written = [w for stage in stages for w in _publish_tables(study, stage, tables)]
+        written = [w for stage in stages for w in _publish_tables(study, TABLES.get(stage, {}), f'-{tables}')]
         if not written: raise typer.BadParameter(f"{study} holds {', '.join(stages)}, of which no table is published; these have one: {', '.join(TABLES)}")
-    else: written = [w for stage in stages for w in _publish_stage(study, stage)] + (_publish_study(study) if pooled else [])
+    else:
+        named = {f'study{kind}': f'{study.resolve().name}{kind}' for kind in ('', '_contrasts') if pooled}  # a study's tables are called as its folder is
+        written = [w for stage in stages for w in _publish_stage(study, stage)] + _publish_tables(study, named)
     typer.echo('published ' + ', '.join(written))
 
 @app.command()
