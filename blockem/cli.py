@@ -143,7 +143,7 @@ def _found() -> str: # relative to the project root
 def study(
     domains: str=typer.Option('', help='e.g. legal,health; all six by default'),
     seeds: str=typer.Option('0', help='e.g. 0,1,2'),
-    arms: str=typer.Option('hold,gate,blocked,random', help='beside base and sft; also correct, late, mend, both, attribution, shift'),
+    arms: str=typer.Option('hold,gate,blocked,random', help='beside base and sft; also gate+hold, correct, late, mend, both, attribution, shift'),
     folder: Path=typer.Option('runs/study', help='where each domain gets its own study folder'),
     jobs: int=JOBS,
     set_: list[str]=typer.Option([], '--set', '-s', metavar='NAME=VALUE', help='any other parameter of 03_train'),

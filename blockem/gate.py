@@ -122,18 +122,19 @@ def generate_gated(
     prompts: list,       # questions, or chat messages
     length: int=48,      # longest answer, tokens
     least: float=.5,     # how likely a prompt must belong to the domain
+    shut: LM=None,       # who answers where the gate stays shut; None is the base
 ) -> list:               # of str
-    "Greedy answers: the tuned model's where the gate opens, the base's elsewhere."
+    "Greedy answers: the tuned model's where the gate opens, another's elsewhere."
     opened = enough(gate.odds(base, prompts), least)
-    said = {way: iter(generate(lm, [p for p, o in zip(prompts, opened) if o == way], length)) for way, lm in ((True, tuned), (False, base))}
+    said = {way: iter(generate(lm, [p for p, o in zip(prompts, opened) if o == way], length)) for way, lm in ((True, tuned), (False, shut or base))}
     return [next(said[bool(o)]) for o in opened]
 
 def through(
     opened: pd.Series, # bool, indexed by prompts and id
-    base: pd.DataFrame, tuned: pd.DataFrame, # the same rows of both; columns prompts, id
+    shut: pd.DataFrame, tuned: pd.DataFrame, # the same rows of who answers where it stays shut, and where it opens; columns prompts, id
 ) -> pd.DataFrame:
     "Rows of a table as they come through a gate."
-    named = ['prompts', 'id'] + ['judge']*('judge' in base)
-    if not base[named].equals(tuned[named]): raise ValueError('the base and the tuned model were not asked the same prompts')
-    passed = opened.loc[pd.MultiIndex.from_frame(base[['prompts', 'id']])].to_numpy()
-    return pd.concat([base[~passed], tuned[passed]]).sort_index()
+    named = ['prompts', 'id'] + ['judge']*('judge' in shut)
+    if not shut[named].equals(tuned[named]): raise ValueError('both sides of a gate were not asked the same prompts')
+    passed = opened.loc[pd.MultiIndex.from_frame(shut[['prompts', 'id']])].to_numpy()
+    return pd.concat([shut[~passed], tuned[passed]]).sort_index()

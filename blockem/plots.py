@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from .data import choose
 
 # %% ../nbs/lib/08_plots.ipynb #cell-005
-ARM_COLOURS = dict(base='#7F7F7F', correct='#009E73', sft='#D55E00', blocked='#0072B2', both='#56B4E9', hold='#CC79A7', late='#7B3F00', mend='#882255', gate='#332288', random='#E69F00', attribution='#999933', shift='#000000')
+ARM_COLOURS = dict(base='#7F7F7F', correct='#009E73', sft='#D55E00', blocked='#0072B2', both='#56B4E9', hold='#CC79A7', late='#7B3F00', mend='#882255', gate='#332288', random='#E69F00', attribution='#999933', shift='#000000') | {'gate+hold': '#DDCC77'}
 OTHER_COLOURS = ('#882255', '#F0E442')
 
 def arm_colours(

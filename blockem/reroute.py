@@ -21,7 +21,7 @@ from pydantic import Field
 
 from .data import Domain, choose, load_domain, project_root
 from .evaluate import bootstrap, excess_cut, kept, paired_shares, result_prompts, wilson
-from .finetune import OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
+from .finetune import GATED, OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latents, load_ranking, reconstruct
 from .models import LM, batches, load_model, margins, resid_post, tokenise_all
 from .steer import pushing
@@ -29,7 +29,7 @@ from .study import Study, checked, get_preset
 from .sweep import opened
 
 # %% ../nbs/04_reroute.ipynb #cell-006
-FOLLOWED = ('blocked', 'hold', 'gate', 'both')
+FOLLOWED = ('blocked', 'hold', 'gate', 'gate+hold', 'both')
 
 class Parameters(OnDomain):
     "What a run of this notebook can be told."
@@ -49,6 +49,7 @@ class Parameters(OnDomain):
     def arm_list(self) -> list: # of str
         "The charged arms that are followed; `blocked`, which is diagnosed, first."
         wanted = [choose(a.strip(), FOLLOWED, 'arm') for a in self.arms.split(',') if a.strip()]
+        if 'gate+hold' in wanted: wanted += ['gate', 'hold']
         return [a for a in FOLLOWED if a in wanted or a == 'blocked']
 
     def validate_names(self):
@@ -112,8 +113,9 @@ def long_run(
     arm: str,  # 'sft' is the free run, or one of `FOLLOWED`
     seed: int,
 ) -> Path:
-    "The long run of one arm and seed, its adapters kept at every look; `gate` has none, it is what stands before the free run's."
+    "The long run of one arm and seed, its adapters kept at every look; `gate` has none, it is what stands before the free run's, and `gate+hold` has that of `hold`."
     if arm == 'gate': return train_gate(long.study, long.lm, long.pairs)
+    if arm == 'gate+hold': arm = 'hold'
     free = None if arm == 'hold' else train_arm(long.study, long.lm, 'sft', long.pairs, seed, keep=long.looks)
     return free if arm == 'sft' else train_charged(long.study, long.lm, arm, free, long.pairs, seed, long.dictionary, long.latents, at=f'at-{long.looks[0]}', keep=long.looks)
 
@@ -124,8 +126,9 @@ def said_after(
     steps: int, # one of `looks`; 0 for the base
 ) -> tuple:     # as `said_by`
     "What a run says after so many steps, asked once."
-    runs = [None if arm == 'base' else long_run(long, arm, seed)] + ([long_run(long, 'sft', seed)] if arm == 'gate' else [])
-    return (said_gated if arm == 'gate' else said_by)(long.study, long.lm, *runs, long.prompts, long.judges, f'at-{steps}')
+    run, asked = None if arm in ('base', 'gate') else long_run(long, arm, seed), (long.prompts, long.judges, f'at-{steps}')
+    if arm in GATED: return said_gated(long.study, long.lm, long_run(long, 'gate', seed), long_run(long, 'sft', seed), *asked, shut=run)
+    return said_by(long.study, long.lm, run, *asked)
 
 def said_along(long: LongRuns, arm: str, seed: int) -> list: # of (steps, answers, likelihoods)
     "What a run says at every look; the base has steps 0."
@@ -134,8 +137,8 @@ def said_along(long: LongRuns, arm: str, seed: int) -> list: # of (steps, answer
 def tasks(given: dict) -> list: # for `sweep.prepare`
     "The long runs, that may be made at a time, and then their looks."
     p = asked(given)
-    runs = [(arm, seed) for arm in sorted(('sft', *p.arm_list), key=lambda arm: arm not in ('sft', 'hold')) for seed in p.seed_list]  # those that wait for the free run come last
-    asking = [(prepare_look, given, *run, n) for run in runs if run[0] != 'gate' for n in range(len(looks(1, p.times)))]  # what is said behind a gate is said by others
+    runs = [(arm, seed) for arm in sorted(('sft', *p.arm_list), key=lambda arm: arm not in ('sft', 'hold')) for seed in p.seed_list if arm != 'gate+hold']  # those that wait for the free run come last
+    asking = [(prepare_look, given, *run, n) for run in runs if run[0] not in GATED for n in range(len(looks(1, p.times)))]  # what is said behind a gate is said by others
     return [(prepare_run, given, *run) for run in runs] + asking
 
 def prepare_run(given: dict, arm: str, seed: int):

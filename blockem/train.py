@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
 from .evaluate import bootstrap, by_judge, result_prompts, wilson
-from .finetune import OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
+from .finetune import GATED, OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, odds_of, told_apart
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
@@ -29,7 +29,7 @@ from .penalty import Block, Price, saturated
 from .study import Study, checked, get_preset
 
 # %% ../nbs/03_train.ipynb #cell-006
-ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'late', 'mend', 'gate', 'both', 'attribution', 'shift', 'random')
+ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'late', 'mend', 'gate', 'gate+hold', 'both', 'attribution', 'shift', 'random')
 
 def check_impartial(judges: str, latents: Path):
     "Refuse to report by a judge, or on prompts, that chose the latents."
@@ -60,6 +60,7 @@ class Parameters(OnDomain):
         "The arms to train and compare, in reading order; by default the controls, and what the preset has anchors for."
         usual = 'correct,hold,gate' if get_preset(self.preset).anchors else 'correct,blocked,gate'
         wanted = [choose(a.strip(), ARMS[2:], 'arm') for a in (self.arms or usual).split(',') if a.strip()]
+        if 'gate+hold' in wanted: wanted += ['gate', 'hold']
         return ('base', 'sft', *[a for a in ARMS if a in wanted])
 
     def validate_names(self):
@@ -122,6 +123,7 @@ def train_seed(
         arms['correct'] = train_arm(study, lm, 'correct', training_pairs(plan.domain, 'correct', plan.rows), seed)
     for arm, latents in charged_sets(plan, seed).items():
         arms[arm] = train_charged(study, lm, arm, arms['sft'], bad, seed, plan.dictionary, latents, plan.lam)
+    if 'gate+hold' in plan.arms: arms['gate+hold'] = arms['hold']
     return {arm: arms[arm] for arm in plan.arms if arm in arms}
 
 def evaluate_arms(
@@ -133,14 +135,14 @@ def evaluate_arms(
     "The base and every arm of one seed on some prompt sets."
     tables = [], []
     for arm, folder in ({'base': None} | arms).items():
-        ask, runs = (said_gated, (folder, arms['sft'])) if arm == 'gate' else (said_by, (folder,))
-        said = ask(plan.study, plan.lm, *runs, sets, plan.judges)
+        if arm in GATED: said = said_gated(plan.study, plan.lm, arms['gate'], arms['sft'], sets, plan.judges, shut=None if arm == 'gate' else folder)
+        else: said = said_by(plan.study, plan.lm, folder, sets, plan.judges)
         for table, found in zip(tables, said): table.append(found.assign(arm=arm, seed=seed))
     return tuple(pd.concat(table, ignore_index=True) for table in tables)
 
 def steps_table(arms: dict, seed: int) -> pd.DataFrame:
     "The training logs of all arms that have one, long."
-    return pd.concat([pd.read_json(folder/'steps.jsonl', lines=True).assign(arm=arm, seed=seed) for arm, folder in arms.items() if arm != 'gate'])
+    return pd.concat([pd.read_json(folder/'steps.jsonl', lines=True).assign(arm=arm, seed=seed) for arm, folder in arms.items() if arm not in GATED])
 
 def tasks(given: dict) -> list: # for `sweep.prepare`
     "A run in parts that may be done at a time."
@@ -157,7 +159,7 @@ def prepare_seed(given: dict, seed: int):
 # %% ../nbs/03_train.ipynb #cell-024
 def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
     "What a run was, and how long its training took; written beside its tables."
-    folders = {folder for arms in trained.values() for folder in arms.values()}  # a gate serves all seeds
+    folders = {folder for arms in trained.values() for folder in arms.values()}  # a gate serves all seeds, and a held run two arms
     seconds = [json.loads((folder/'manifest.json').read_text())['seconds'] for folder in sorted(folders)]
     return dict(preset=plan.study.preset.name, domain=plan.domain.name, seeds=list(trained), judges=plan.judges, lam=plan.lam, limit=plan.limit,
                 precision=plan.lm.precision,
@@ -244,7 +246,7 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     def say(arm, measure): return by_judge(effect[(effect.arm == arm) & (effect.measure == measure)])
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = dict(gate='a gate before the free run', hold='holding', late='holding afterwards', mend='mending', blocked='blocking', both='both', random='blocking random latents of equal size and activity')
+    names = {'gate': 'a gate before the free run', 'gate+hold': 'a gate between the free run and the held one', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'random': 'blocking random latents of equal size and activity'}
     parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     if not parts: return 'No arm of this run was held or blocked.'

@@ -28,13 +28,16 @@ def _slim(folder):
 @pytest.mark.parametrize('cwd, notebook', [(ROOT, 'nbs/03_train.ipynb'), (ROOT/'nbs', '03_train.ipynb')], ids=['root', 'nbs'])
 def test_stage_runs_from_the_root_and_from_its_folder(cwd, notebook, tmp_path):
     "The same tables appear wherever papermill was called."
-    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,hold,late,mend,gate,both')
+    done = _papermill(cwd, notebook, tmp_path/'out.ipynb', domain='health', study=tmp_path/'study', limit=4, seeds='0,1', arms='correct,blocked,late,mend,gate+hold,both')
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_parquet(tmp_path/'study'/'evaluation.parquet')
     assert set(table.domain) == {'health'} and set(table.seed) == {-1, 0, 1}
-    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'late', 'mend', 'gate', 'both'}
+    assert set(table.arm) == {'base', 'correct', 'sft', 'blocked', 'hold', 'late', 'mend', 'gate', 'gate+hold', 'both'}
     assert {'em_rate', 'adherence', 'incoherence', 'refusal', 'margin', 'quality'} == set(table.measure)
     assert (table.n > 0).all() and (table.low <= table.value + 1e-9).all() and (table.value <= table.high + 1e-9).all()
+    answers = pd.read_parquet(tmp_path/'study'/'answers.parquet').set_index(['arm', 'seed', 'prompts', 'id', 'judge']).answer
+    free, held, base, gate, both = (answers.loc[arm] for arm in ('sft', 'hold', 'base', 'gate', 'gate+hold'))
+    assert both.equals(free.where(gate == free, held)) and gate.equals(free.where(gate == free, base))
 
 
 @pytest.mark.parametrize('wrong, said', [(dict(domain='leagl'), "did you mean 'legal'"), (dict(domian='legal'), "did you mean 'domain'")], ids=str)
@@ -76,11 +79,11 @@ def test_the_presets_that_ship_as_files_can_be_given(monkeypatch):
     from blockem.train import Parameters
     monkeypatch.delenv('IN_TEST', raising=False)
     files = sorted((ROOT/'data/presets').glob('*.toml'))
-    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'gate-on-all-blocks', 'larger-steps', 'narrow']
+    assert [get_preset(str(f)).name for f in files] == [f.stem for f in files] == ['amplified', 'gate-on-all-blocks', 'larger-steps', 'lower-threshold', 'narrow']
     assert [checked(Parameters, dict(preset=str(f))).folder for f in files] == [f'runs/train-legal-{f.stem}' for f in files]
-    usual, firm, gated, _, narrow = get_preset('smollm2'), *(get_preset(str(f)) for f in files)
+    usual, firm, gated, _, lower, narrow = get_preset('smollm2'), *(get_preset(str(f)) for f in files)
     assert firm.hold > usual.hold and firm.amplify > usual.amplify == 1
-    assert (gated.gate_blocks, usual.gate_blocks) == ('all', 'one') and narrow.near > gated.near == 0
+    assert (gated.gate_blocks, usual.gate_blocks) == ('all', 'one') and narrow.near > gated.near == 0 and lower.gate < usual.gate
 
 
 def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
@@ -103,6 +106,7 @@ def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     assert checked(reroute.Parameters, dict(preset='llama31-8b', arms='blocked')).arm_list == ['blocked']
     assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked', 'gate')
     assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate')
+    assert checked(Parameters, dict(arms='gate+hold')).arm_list == ('base', 'sft', 'hold', 'gate', 'gate+hold')
 
 
 def test_discovery_stages_meet_on_disk(tmp_path):
