@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .data import Domain, general_pairs, known_domains, load_domain, load_prompts, project_root, sha256
 from .evaluate import measure, write_table
-from .gate import Gate, enough, gate_layers, prompt_means, through, told_apart
+from .gate import Gate, gate_layers, prompt_means, through, told_apart, turns
 from .judge import check_judges
 from .latents import LatentSet, load_dictionary, load_latents, weights_id
 from .models import LM, adapted, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, fast_dtype, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise_all, unembed
@@ -454,11 +454,12 @@ def said_gated(
     sets: dict,      # name -> rows
     judges: str,
     at: str='adapter',
-    shut: Path=None, # who answers where the gate stays shut, from `train_arm`; None is the base
+    held: Path=None, # who answers where the gate is not sure, as the preset has it, from `train_arm`; None has it open or shut
 ) -> tuple:          # as `said_by`
-    "What a free run says where a gate opens, as the preset has it, and another where it stays shut; neither is asked again."
-    opens = enough(gate_odds(study, base, gate, sets), study.preset.gate)
-    return tuple(through(opens, *tables) for tables in zip(*(said_by(study, base, folder, sets, judges, at) for folder in (shut, free))))
+    "What a free run says where a gate opens, as the preset has it, and the base where it stays shut; neither is asked again."
+    odds, least = gate_odds(study, base, gate, sets), study.preset.sure if held else study.preset.gate
+    turn = pd.Series(turns(odds, least, held is not None), odds.index)
+    return tuple(through(turn, *tables) for tables in zip(*(said_by(study, base, folder, sets, judges, at) for folder in (None, free, *[held]*(held is not None)))))
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-034
 def _stepper(lm: LM, preset, items: list, charge: Charge=None): # () -> seconds

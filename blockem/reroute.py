@@ -127,7 +127,7 @@ def said_after(
 ) -> tuple:     # as `said_by`
     "What a run says after so many steps, asked once."
     run, asked = None if arm in ('base', 'gate') else long_run(long, arm, seed), (long.prompts, long.judges, f'at-{steps}')
-    if arm in GATED: return said_gated(long.study, long.lm, long_run(long, 'gate', seed), long_run(long, 'sft', seed), *asked, shut=run)
+    if arm in GATED: return said_gated(long.study, long.lm, long_run(long, 'gate', seed), long_run(long, 'sft', seed), *asked, held=run)
     return said_by(long.study, long.lm, run, *asked)
 
 def said_along(long: LongRuns, arm: str, seed: int) -> list: # of (steps, answers, likelihoods)

@@ -46,6 +46,7 @@ class Preset:
     amplify: float = 1.          # how much stronger the adapter of such an arm is used than it was trained (08_amplify)
     mend: float = 2.             # the same weight, where a free run is mended (07_mend)
     gate: float = .5             # how likely a prompt must belong to the domain for the gate to open
+    sure: float = .8             # how likely, or unlikely, for a gate to be sure of it, where a held run answers in between
     gate_blocks: str = 'one'     # which decoder blocks the gate reads: 'one', the dictionary's, or 'all' (09_narrow)
     answer_tokens: int = 48      # longest generated answer
     checkpoint_steps: int = 10   # optimiser steps between checkpoints
@@ -84,6 +85,7 @@ def get_preset(
     if not preset.amplify > 0: raise ValueError(f'preset field amplify: a number above 0, 1 leaves an adapter as it was trained; found {preset.amplify}')
     if preset.near < 0: raise ValueError(f'preset field near: a number of questions from 0; found {preset.near}')
     if not 0 < preset.gate < 1: raise ValueError(f'preset field gate: a probability between 0 and 1; found {preset.gate}')
+    if not .5 < preset.sure < 1: raise ValueError(f'preset field sure: a probability between 0.5, where nothing is left in between, and 1; found {preset.sure}')
     return preset
 
 # %% ../nbs/lib/00_study.ipynb #cell-012

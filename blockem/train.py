@@ -135,7 +135,7 @@ def evaluate_arms(
     "The base and every arm of one seed on some prompt sets."
     tables = [], []
     for arm, folder in ({'base': None} | arms).items():
-        if arm in GATED: said = said_gated(plan.study, plan.lm, arms['gate'], arms['sft'], sets, plan.judges, shut=None if arm == 'gate' else folder)
+        if arm in GATED: said = said_gated(plan.study, plan.lm, arms['gate'], arms['sft'], sets, plan.judges, held=None if arm == 'gate' else folder)
         else: said = said_by(plan.study, plan.lm, folder, sets, plan.judges)
         for table, found in zip(tables, said): table.append(found.assign(arm=arm, seed=seed))
     return tuple(pd.concat(table, ignore_index=True) for table in tables)
@@ -246,7 +246,7 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     def say(arm, measure): return by_judge(effect[(effect.arm == arm) & (effect.measure == measure)])
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = {'gate': 'a gate before the free run', 'gate+hold': 'a gate between the free run and the held one', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'random': 'blocking random latents of equal size and activity'}
+    names = {'gate': 'a gate before the free run', 'gate+hold': 'a gate before the free run, holding where it is not sure', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'random': 'blocking random latents of equal size and activity'}
     parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     if not parts: return 'No arm of this run was held or blocked.'
