@@ -17,7 +17,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from .data import choose
-from .evaluate import bootstrap, graded_once, wilson
+from .evaluate import bootstrap, graded_once, per_prompt, rate
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, LatentSet, digest, set_of
 from .models import LM
@@ -80,7 +80,7 @@ def calibrate(
 
 def broken(answers: pd.DataFrame) -> bool:
     "Whether most answers make no sense at the two largest strengths."
-    incoherent = answers.coherent.eq(False).groupby(answers.alpha.abs()).mean()
+    incoherent = answers.coherent.astype(float).rsub(1).groupby(answers.alpha.abs()).mean()
     return bool((incoherent.tail(2) > BROKEN).all())
 
 def curves(
@@ -89,10 +89,9 @@ def curves(
     "Shares of misaligned and of incoherent answers against strength, with Wilson's intervals."
     rows = []
     for (side, latent, alpha), frame in pushed.groupby(['side', 'latent', 'alpha']):
-        row = dict(side=side, latent=latent, alpha=alpha, n=len(frame))
-        for name, share in (('misaligned', frame.misaligned.astype(float).mean()), ('incoherent', frame.coherent.eq(False).mean())):
-            row |= dict(zip((name, f'{name}_low', f'{name}_high'), (share, *wilson(share, len(frame)))))
-        rows.append(row)
+        found = {'misaligned': rate(per_prompt(frame, 'misaligned')), 'incoherent': rate(per_prompt(frame, 'coherent', False))}
+        row = {f'{name}{end}': share[value] for name, share in found.items() for end, value in (('', 'value'), ('_low', 'low'), ('_high', 'high'))}
+        rows.append(dict(side=side, latent=latent, alpha=alpha, n=found['misaligned']['n']) | row)
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_alpha.ipynb #cell-018

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_domain, load_prompts
-from .evaluate import balance, by_judge, contrasts, selection_prompts, wilson
+from .evaluate import balance, by_judge, contrasts, per_prompt, rate, selection_prompts
 from .finetune import OnDomain, said_by, said_gated, scaled, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
 from .models import LM, decoder_blocks, load_model
@@ -239,8 +239,7 @@ def incoherent(answers: pd.DataFrame) -> pd.DataFrame: # arm, judge, measure, va
     "Share of general answers that do not make sense."
     rows = []
     for (arm, judge), frame in answers[answers.prompts == 'general'].groupby(['arm', 'judge'], sort=False):
-        share = frame.coherent.eq(False).groupby(frame.id).mean()
-        rows.append((arm, judge, 'incoherent', share.mean(), *wilson(share.mean(), len(share)), len(share)))
+        rows.append((arm, judge, 'incoherent', *rate(per_prompt(frame, 'coherent', False)).values()))
     return pd.DataFrame(rows, columns=['arm', 'judge', 'measure', 'value', 'low', 'high', 'n'])
 
 def frontier(

@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from pydantic import Field
 
 from .data import Domain, choose, load_domain, project_root
-from .evaluate import bootstrap, excess_cut, kept, paired_shares, result_prompts, wilson
+from .evaluate import bootstrap, excess_cut, kept, paired, paired_shares, per_prompt, rate, result_prompts
 from .finetune import GATED, OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latents, load_ranking, reconstruct
 from .models import LM, batches, load_model, margins, resid_post, tokenise_all
@@ -166,8 +166,8 @@ def course(
         for judge in sorted(answers.judge.unique()):
             three, two = (paired_shares(said, arms, prompts, judge) for arms, prompts in ((['base', 'sft', arm], 'final'), (['sft', arm], 'in_domain')))
             rows += [(steps, judge, 'cut', *bootstrap(three, excess_cut), three.shape[1]), (steps, judge, 'kept', *bootstrap(two, kept), two.shape[1])]
-            broken = said[(said.arm == arm) & (said.prompts == 'final') & (said.judge == judge)].pipe(lambda t: t.coherent.eq(False).groupby(t.id).mean())
-            rows.append((steps, judge, 'incoherent', broken.mean(), *wilson(broken.mean(), len(broken)), len(broken)))
+            asked = said[(said.arm == arm) & (said.prompts == 'final') & (said.judge == judge)]
+            rows.append((steps, judge, 'incoherent', *rate(per_prompt(asked, 'coherent', False)).values()))
     return pd.DataFrame(rows, columns=['steps', 'judge', 'measure', 'value', 'low', 'high', 'n'])
 
 def crossing(
@@ -193,9 +193,9 @@ def falls_below(
     at, rows, draw = sorted(set(answers.steps) - {0}), [], np.random.default_rng(0)
     smooth = losses.groupby('step').loss.mean().rolling(20, min_periods=1).mean()
     for judge in sorted(answers.judge.unique()):
-        shares = [paired_shares(look(answers, s), ['base', 'sft', arm], 'final', judge) for s in at]
-        curve = lambda index: [excess_cut(*found[:, index]) for found in shares]
-        everyone = np.arange(min(found.shape[1] for found in shares))
+        shares = paired([(look(answers, s), who) for s in at for who in ('base', 'sft', arm)], 'final', judge)
+        curve = lambda index: [excess_cut(*shares[i:i + 3, index]) for i in range(0, len(shares), 3)]
+        everyone = np.arange(shares.shape[1])
         curves = [curve(everyone)] + [curve(draw.choice(everyone, len(everyone))) for _ in range(draws)]
         for level in levels:
             found = [crossing(at, c, level) for c in curves]
