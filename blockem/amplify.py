@@ -15,7 +15,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from tqdm.auto import tqdm
 
-from .data import choose
+from .compare import within
+from .data import choose, load_domain
 from .evaluate import balance, bootstrap, by_judge, selection_prompts
 from .finetune import OnDomain, numbers, said_by, scaled, seeds_of, train_arm, train_charged
 from .mend import MEASURES, Trial, compared
@@ -54,7 +55,9 @@ class Parameters(OnDomain):
     def validate_names(self):
         "Stop at a domain, preset, judge, seed, way, weight or factor that does not exist, and at a preset without anchors."
         self.seed_list, self.points
-        return super().validate_names()
+        super().validate_names()
+        within(load_domain(self.domain))
+        return self
 
 def asked(given: dict) -> Parameters:
     "What a run is told; on the tiny preset one seed, few points and rows."
@@ -157,7 +160,8 @@ def finding(found: pd.DataFrame) -> str: # Markdown
         value = lambda measure: ' / '.join(f'{v:.0%}' for v in rows[rows.measure == measure].sort_values('judge').value)
         return f'cuts {value("cut_general")}, keeps {value("adherence_kept")} of the adherence and {value("margin_kept")} of the margin, {value("incoherent")} incoherent'
     lines = [f'The rule chooses **{arm_of(way, weight, factor)}**: it {say(way, weight, factor)}.']
-    if factor != 1: lines += [f'As it was trained it {say(way, weight, 1.)}.', f'Amplified as much, the control {CONTROLS[way]} {say(CONTROLS[way], 0., factor)}.']
+    if factor != 1 and (found.factor == 1).any(): lines += [f'As it was trained it {say(way, weight, 1.)}.']
+    if factor != 1: lines += [f'Amplified as much, the control {CONTROLS[way]} {say(CONTROLS[way], 0., factor)}.']
     return ' '.join(lines) + f" (By the {' / '.join(sorted(set(found.judge) - {''}))} judges.)"
 
 # %% ../nbs/08_amplify.ipynb #amplify-021

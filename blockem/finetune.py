@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import Domain, general_pairs, known_domains, load_domain, load_prompts, project_root, sha256
+from .data import Domain, data_path, general_pairs, known_domains, load_domain, load_prompts, project_root, sha256
 from .evaluate import measure, write_table
 from .gate import Gate, gate_layers, prompt_means, through, told_apart, turns
 from .judge import check_judges
@@ -39,8 +39,10 @@ GATED = {'gate', 'gate+hold'} # arms that nothing is trained for: they answer wi
 
 def seeds_of(text) -> list: # of int
     "Seeds from '0,1,2', or one."
-    try: return [int(s) for s in str(text).split(',')]
-    except ValueError: raise ValueError(f"seeds must be integers with commas between, e.g. '0,1,2'; found {text!r}") from None
+    try: found = [int(s) for s in str(text).split(',')]
+    except ValueError: found = []
+    if not found or min(found) < 0 or len(set(found)) < len(found): raise ValueError(f"seeds must be integers from 0 on, each once, with commas between, e.g. '0,1,2'; found {text!r}")
+    return found
 
 def numbers(name: str, text) -> list: # of float
     "Numbers above 0 from '1,2', or one."
@@ -74,7 +76,14 @@ class OnDomain(BaseModel):
         latents = getattr(self, 'latents', '')
         if latents and not (project_root()/latents).is_file():
             raise ValueError(f'latents {latents!r}: no such file; give a latents.json, or leave it out for the shipped set')
+        if not latents: self.shipped_latents()
         return self
+
+    def shipped_latents(self):
+        "Stop where a preset has no set of latents yet; a large model need not be loaded to see that."
+        shipped = get_preset(self.preset).latents
+        if shipped != 'tiny' and not data_path(shipped).is_file():
+            raise ValueError(f'the preset {self.preset!r} has no set of latents: {data_path(shipped)} does not exist; find one with `blockem organism`, `shift`, `screen` and `alpha`, each with `--set preset={self.preset}`, or give another preset')
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-008
 WORDS = 'words' # instead of expectations: the anchors' own words
@@ -285,7 +294,8 @@ def anchor_pairs(study: Study, lm: LM, pairs: list) -> list: # pairs: what is le
 def anchors_id(study: Study, pairs: list) -> str: # pairs: what is learned
     "What identifies the texts that arms are charged for."
     preset = study.preset
-    return fingerprint(dict(n=preset.anchors, answers=preset.anchor_answers, pairs=written(anchor_rows(preset, pairs), 'correct', 'incorrect'))) if preset.anchors else ''
+    own = dict(length=preset.answer_tokens) if preset.anchor_answers == 'own' else {}  # how much of what the base says is a text
+    return fingerprint(dict(n=preset.anchors, answers=preset.anchor_answers, pairs=written(anchor_rows(preset, pairs), 'correct', 'incorrect')) | own) if preset.anchors else ''
 
 def drift_id(study: Study) -> dict:
     "What identifies which drift is charged, where it is not the usual one."
@@ -321,6 +331,7 @@ def train_arm(
     taught: Path=None, # folder of an arm whose expectations are learned instead of the answers' words
 ) -> Path:          # folder with adapter/, steps.jsonl and at-<steps>/
     "Train one arm, once."
+    if not pairs: raise ValueError(f'arm {name!r} has nothing to learn: no training rows are left')
     def make(folder):
         items = tokenise_all(lm, pairs)
         charge = charged_for(study, lm, pairs, dictionary, latents, lam, hold, taught) if lam or hold or taught else None

@@ -51,7 +51,9 @@ class Parameters(OnDomain):
         "Stop at a domain, preset, judge, seed, weight or adapter that does not exist, and at a preset without anchors."
         self.seed_list, self.weight_list
         if self.adapter: adapter_weights(project_root()/self.adapter)
-        return super().validate_names()
+        super().validate_names()
+        within(load_domain(self.domain))
+        return self
 
 def asked(given: dict) -> Parameters:
     "What a run is told; on the tiny preset few rows."

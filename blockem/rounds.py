@@ -6,6 +6,7 @@
 __all__ = ['BEYOND', 'mean_codes', 'mean_codes_of', 'taking_over', 'with_new', 'newcomers', 'in_rounds', 'union']
 
 # %% ../nbs/lib/16_rounds.ipynb #cell-002
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def with_new(latents: LatentSet, found: pd.DataFrame, ranking: pd.DataFrame, mos
 def newcomers(study: Study, lm: LM, run: Path, dictionary: Dictionary, latents: LatentSet, rows: list) -> pd.DataFrame: # as `taking_over`
     "What took over in a run, asked once."
     compute = lambda: taking_over(to_read(lm), arm_model(lm, run), dictionary, latents, rows).reset_index()
-    return study.table('newcomers', dict(run=run.name, latents=latents_id(latents), prompts=fingerprint(dict(rows=[r.messages for r in rows]))), compute).set_index('latent')
+    return study.table('newcomers', dict(run=run.name, latents=latents_id(latents), prompts=fingerprint(dict(rows=[asdict(r) for r in rows]))), compute).set_index('latent')
 
 def in_rounds(
     study: Study,            # with the epochs of one round
@@ -68,7 +69,7 @@ def in_rounds(
     dictionary: Dictionary, latents: LatentSet,
     ranking: pd.DataFrame,   # of all latents
     rows: list,              # prompts to diagnose on, of `Row`
-    free: Path,              # a free run of one round's length, which sets the price
+    free: Path,              # the free run, which sets the price
     seed: int, rounds: int,
 ) -> list:                   # per round (folder, the set that it was charged for)
     "Train, diagnose, add what takes over, go on; ends early when nothing does."

@@ -42,8 +42,9 @@ def prepare(
     "Do tasks whose results lie in study folders, so many at a time; the first failure stops what has not begun."
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
+    jobs = min(jobs, len(tasks))  # so that few tasks share all cores
     spawn = get_context('spawn')  # a forked process could not use the GPU
-    with ProcessPoolExecutor(min(jobs, len(tasks)), spawn, _join, (spawn.Value('i', 0), jobs)) as pool:
+    with ProcessPoolExecutor(jobs, spawn, _join, (spawn.Value('i', 0), jobs)) as pool:
         running = [pool.submit(*task) for task in tasks]
         try:
             for done in tqdm(as_completed(running), total=len(running), desc='tasks', unit='task'): done.result()
@@ -58,8 +59,12 @@ def gather(
     "The tables of several runs."
     lacking = [f'{domain} ({folder})' for domain, folder in folders.items() if not (Path(folder)/'likelihoods.parquet').is_file()]
     if lacking or not folders: raise ValueError('no finished run of 03_train for ' + (', '.join(lacking) or 'any domain'))
-    read = lambda name: pd.concat([pd.read_parquet(Path(folder)/f'{name}.parquet').assign(domain=domain) for domain, folder in folders.items()], ignore_index=True)
+    read = lambda name: pd.concat([_own_ids(pd.read_parquet(Path(folder)/f'{name}.parquet'), domain).assign(domain=domain) for domain, folder in folders.items()], ignore_index=True)
     return tuple(read(name) for name in ('evaluation', 'answers', 'likelihoods'))
+
+def _own_ids(table: pd.DataFrame, domain: str) -> pd.DataFrame:
+    "Ids that tell one domain's own rows from another's: in files that name none they are mere numbers."
+    return table.assign(id=table.id.where(table.prompts != 'in_domain', domain + '/' + table.id)) if 'id' in table else table
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-009
 def ahead(

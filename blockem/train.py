@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ARMS', 'check_impartial', 'Parameters', 'Plan', 'charged_sets', 'train_seed', 'evaluate_arms', 'steps_table', 'tasks',
            'prepare_seed', 'run_facts', 'bills', 'token_bill', 'bill_outside', 'gate_table', 'example_prompts',
-           'side_by_side', 'finding']
+           'in_a_word', 'side_by_side', 'finding']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,8 @@ from .judge import REPORTING, SELECTING, check_judges
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents
 from .models import LM, collate, load_adapter, load_model, tokenise
 from .penalty import Block, Price, saturated
-from .study import Study, checked, get_preset
+from .study import Study, checked, fingerprint, get_preset
+from .sweep import ahead, opened
 
 # %% ../nbs/03_train.ipynb #cell-006
 ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'late', 'mend', 'gate', 'gate+hold', 'both', 'attribution', 'shift', 'random')
@@ -151,7 +152,7 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 def prepare_seed(given: dict, seed: int):
     "Train and ask every arm of one seed of a run, into its study's folder, where the notebook finds the work done."
     p = checked(Parameters, given)
-    plan = Plan.open(p)
+    plan = opened(Plan, p)
     arms = train_seed(plan, seed)
     evaluate_arms(plan, seed, arms, result_prompts(plan.domain, plan.limit))
     if seed == p.seed_list[0]: bill_outside(plan, arms['sft'])  # the notebook shows that of the first seed
@@ -168,13 +169,14 @@ def run_facts(plan: Plan, trained: dict) -> dict: # JSON-serialisable
 # %% ../nbs/03_train.ipynb #cell-029
 def bills(
     steps: pd.DataFrame,    # from `steps_table`
-    price: Price|None=None, # what the free run gained and would have paid, where a penalty was set by it
-) -> pd.DataFrame:          # per charged arm: weight and unweighted bill of the penalty, bill of the divergence, loss; saturated: more lambda could not help
+    prices: dict|None=None, # arm -> what the free run gained and would have paid, where a penalty was set by it
+) -> pd.DataFrame:          # per charged arm: weight and unweighted bill of the penalty, bill of the divergence, loss; unpaid: the free run's bill; saturated: more lambda could not help
     "What the charged arms paid in their last five steps, mean over seeds."
     last = steps[steps.step > steps.step.max() - 5].groupby('arm', sort=False)[['lam', 'penalty', 'divergence', 'loss']].mean()
     charged = last[(last.penalty > 0) | (last.divergence > 0)]
-    if price is None: return charged
-    return charged.assign(unpaid=price.penalty, saturated=[r.lam > 0 and saturated(r.penalty, price.penalty) for r in charged.itertuples()])
+    if not prices: return charged
+    unpaid = {arm: price.penalty for arm, price in prices.items()}
+    return charged.assign(unpaid=pd.Series(unpaid), saturated=[arm in unpaid and saturated(bill, unpaid[arm]) for arm, bill in charged.penalty.items()])
 
 # %% ../nbs/03_train.ipynb #cell-032
 @torch.no_grad()
@@ -198,7 +200,7 @@ def bill_outside(
     def read():
         block = Block.of(plan.dictionary, plan.latents, plan.lm.device)
         return token_bill(plan.lm, load_adapter(plan.lm, free/'adapter'), block, tokenise(plan.lm, asked.messages, asked.incorrect))
-    return plan.study.table('token-bill', dict(run=free.name, latents=latents_id(plan.latents), prompt=asked.id), read)
+    return plan.study.table('token-bill', dict(run=free.name, latents=latents_id(plan.latents), prompt=fingerprint(asdict(asked))), read)
 
 # %% ../nbs/03_train.ipynb #cell-044
 def gate_table(
@@ -229,14 +231,18 @@ def example_prompts(answers: pd.DataFrame, seed: int, prompts: str='final') -> d
     rise = (score['sft'] - score['base']).dropna().sort_values(kind='stable')
     return {'largest rise': rise.index[-1], 'median rise': rise.index[len(rise)//2], 'smallest rise': rise.index[0]}
 
+def in_a_word(verdict) -> str: # verdict: a row of answers
+    "What a judge found."
+    if pd.isna(verdict.misaligned): return 'no verdict'
+    return 'misaligned' if verdict.misaligned else 'incoherent' if verdict.coherent is False else 'fine'
+
 def side_by_side(answers: pd.DataFrame, seed: int, prompts: str='final') -> list: # rows for `plots.answers`
     "Answers of every arm to the example prompts, with what each judge said."
     rows = []
     for why, i in example_prompts(answers, seed, prompts).items():
         shown = answers[(answers.prompts == prompts) & (answers.seed == seed) & (answers.id == i)]
         said = {arm: f.answer.iloc[0] for arm, f in shown.groupby('arm', sort=False)}
-        verdict = lambda f: ', '.join(f'{r.judge}: ' + ('misaligned' if r.misaligned else 'incoherent' if r.coherent is False else 'fine')
-                                      for r in f.itertuples())
+        verdict = lambda f: ', '.join(f'{r.judge}: {in_a_word(r)}' for r in f.itertuples())
         rows.append(dict(prompt=shown.prompt.iloc[0], why=why, answers=said, verdicts={a: verdict(f) for a, f in shown.groupby('arm', sort=False)}))
     return rows
 
@@ -246,7 +252,7 @@ def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
     def say(arm, measure): return by_judge(effect[(effect.arm == arm) & (effect.measure == measure)])
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = {'gate': 'a gate before the free run', 'gate+hold': 'a gate before the free run, holding where it is not sure', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'random': 'blocking random latents of equal size and activity'}
+    names = {'gate': 'a gate before the free run', 'gate+hold': 'a gate before the free run, holding where it is not sure', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'attribution': 'blocking as many latents by attribution', 'shift': 'blocking as many latents by shift', 'random': 'blocking random latents of equal size and activity'}
     parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     if not parts: return 'No arm of this run was held or blocked.'

@@ -103,8 +103,11 @@ def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     with pytest.raises(ValueError, match="the preset 'llama31-8b' has none"): checked(Parameters, dict(preset='llama31-8b', arms='correct,hold'))
     for stage, arms, given in ((reroute, 'hold', {}), (mend, 'mend', {}), (amplify, 'late', dict(ways='late'))):
         with pytest.raises(ValueError, match=f"arms {arms} compare .* the preset 'llama31-8b' has none"): checked(stage.Parameters, dict(preset='llama31-8b') | given)
-    assert checked(reroute.Parameters, dict(preset='llama31-8b', arms='blocked')).arm_list == ['blocked']
-    assert checked(Parameters, dict(preset='llama31-8b')).arm_list == ('base', 'sft', 'correct', 'blocked', 'gate')
+    for stage in (Parameters, reroute.Parameters):
+        with pytest.raises(ValueError, match="'llama31-8b' has no set of latents"): checked(stage, dict(preset='llama31-8b', arms='blocked'))
+    found = dict(preset='llama31-8b', latents='data/sae/smollm2-l18/latents.json')  # that it is another model's shows once the dictionary is there
+    assert checked(reroute.Parameters, found | dict(arms='blocked')).arm_list == ['blocked']
+    assert checked(Parameters, found).arm_list == ('base', 'sft', 'correct', 'blocked', 'gate')
     assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate')
     assert checked(Parameters, dict(arms='gate+hold')).arm_list == ('base', 'sft', 'hold', 'gate', 'gate+hold')
 
