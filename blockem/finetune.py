@@ -83,7 +83,7 @@ class OnDomain(BaseModel):
         "Stop where a preset has no set of latents yet; a large model need not be loaded to see that."
         shipped = get_preset(self.preset).latents
         if shipped != 'tiny' and not data_path(shipped).is_file():
-            raise ValueError(f'the preset {self.preset!r} has no set of latents: {data_path(shipped)} does not exist; find one with `blockem organism`, `shift`, `screen` and `alpha`, each with `--set preset={self.preset}`, or give another preset')
+            raise ValueError(f'the preset {self.preset!r} has no set of latents: {data_path(shipped)} does not exist; find one with `blockem shift --set preset={self.preset} --set adapter=FOLDER`, then `blockem screen` and `blockem alpha`, and give it as latents, or take another preset')
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-008
 WORDS = 'words' # instead of expectations: the anchors' own words
