@@ -6,9 +6,9 @@
 __all__ = ['HELD', 'GATED', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'numbers', 'OnDomain', 'losses', 'read_apart',
            'read_together', 'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint',
            'load_checkpoint', 'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id',
-           'unlearned_domains', 'anchor_rows', 'written', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key',
-           'train_arm', 'priced', 'charged_for', 'arm_model', 'scaled', 'auto_lam', 'train_charged', 'said_by',
-           'train_gate', 'gate_odds', 'said_gated', 'bench']
+           'unlearned_domains', 'anchor_rows', 'written', 'own_words', 'anchor_pairs', 'anchors_id', 'drift_id',
+           'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model', 'scaled', 'auto_lam', 'longest',
+           'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -282,14 +282,24 @@ def written(rows: list, *sides: str) -> list: # of (messages, answer)
     "Questions with some of their written answers."
     return [(r.messages, getattr(r, side)) for r in rows for side in sides]
 
+def own_words(
+    study: Study,
+    lm: LM,           # the base
+    run: Path|None,   # from `train_arm`; None is the base
+    prompts: list,    # chat messages
+    length: int,      # longest answer, tokens
+) -> list:            # of (messages, answer), without those that say nothing
+    "What an arm, or the base, says to some prompts, to be learned or held to; asked once."
+    def make(folder): write_json(folder/'said.json', generate(arm_model(lm, run) if run else to_read(lm), prompts, length))
+    key = dict(weights=weights_id(lm.model), precision=lm.precision, prompts=fingerprint(dict(rows=prompts)), length=length) | (dict(run=run.name) if run else {})
+    said = json.loads((study.work('own-words', key, make)/'said.json').read_text(encoding='utf-8'))
+    return [(messages, answer) for messages, answer in zip(prompts, said) if answer]
+
 def anchor_pairs(study: Study, lm: LM, pairs: list) -> list: # pairs: what is learned; both of (messages, answer)
     "The texts outside the domain that arms are charged for."
     preset, rows = study.preset, anchor_rows(study.preset, pairs)
     if preset.anchor_answers != 'own': return written(rows, *dict(both=('correct', 'incorrect'), correct=('correct',))[preset.anchor_answers])
-    def make(folder): write_json(folder/'said.json', generate(to_read(lm), [r.messages for r in rows], preset.answer_tokens))
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, prompts=fingerprint(dict(rows=[r.messages for r in rows])), length=preset.answer_tokens)
-    said = json.loads((study.work('own-words', key, make)/'said.json').read_text(encoding='utf-8'))
-    return [(r.messages, answer) for r, answer in zip(rows, said) if answer]
+    return own_words(study, lm, None, [r.messages for r in rows], preset.answer_tokens)
 
 def anchors_id(study: Study, pairs: list) -> str: # pairs: what is learned
     "What identifies the texts that arms are charged for."
@@ -398,6 +408,10 @@ def auto_lam(
     units = study.work('gain', dict(free=run, rows=GAIN_ROWS), gain), study.work('due', dict(free=run) | key, due)
     return Price(*[json.loads((unit/'value.json').read_text()) for unit in units])
 
+def longest(lm: LM, pairs: list) -> int: # tokens
+    "The length of the longest answer, its end included."
+    return max(item.roles.count(2) for item in tokenise_all(lm, pairs))
+
 def train_charged(
     study: Study,
     lm: LM,
@@ -411,6 +425,7 @@ def train_charged(
 ) -> Path:
     "Train one charged arm, once; one that is held is handed on as much stronger as the preset has it."
     preset, held = study.preset, arm in HELD
+    if arm == 'mend': pairs = own_words(study, lm, free, [messages for messages, _ in pairs], longest(lm, pairs))  # what it shall go on saying
     if arm in ('hold', 'late', 'mend'): lam = 0.
     elif lam == 'auto': lam = auto_lam(study, lm, free, pairs, dictionary, latents, at).lam(preset.ratio)
     hold, start = (preset.mend if arm == 'mend' else preset.hold)*held, free if arm in ('late', 'mend') else start
