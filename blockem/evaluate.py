@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 
 from .data import PROMPT_SETS, Domain, general_pairs, known_domains, load_domain, load_prompts, sha256
-from .judge import check_judges, judge_folder, kappa, load_judges
-from .latents import digest
+from .judge import OFFLINE, check_judges, judge_file, judge_folder, kappa, load_judges
+from .latents import digest, other_weights
 from .models import LM, generate, log_prob, margins
 from .study import Study, fingerprint, writing
 
@@ -37,8 +37,9 @@ def bootstrap(
     draws: int=2000,
     seed: int=0,
 ) -> tuple:              # (value, low, high)
-    "A statistic with its 95 % percentile interval over prompts; columns stay paired."
+    "A statistic with its 95 % percentile interval over prompts, nan where there are none; columns stay paired."
     columns = np.atleast_2d(np.asarray(columns, dtype=float))
+    if not columns.shape[1]: return (np.nan,)*3
     index = np.random.default_rng(seed).integers(0, columns.shape[1], (draws, columns.shape[1]))
     values = [statistic(*columns[:, i]) for i in index]
     return float(statistic(*columns)), *map(float, np.nanpercentile(values, [2.5, 97.5]))
@@ -87,7 +88,7 @@ def graded_once(
     "`graded`, remembered in the study where the judge's weights say which judge it was."
     if not getattr(judge, 'tensors', None): return graded(answers, judge)
     key = dict(judge=judge.name, weights=digest({k: torch.as_tensor(v) for k, v in judge.tensors.items()}), precision=judge.lm.precision if hasattr(judge, 'lm') else '',
-               said=fingerprint({name: answers[name].tolist() for name in ('prompt', 'answer')}))
+               said=fingerprint({name: answers[name].tolist() for name in ('prompt', 'answer')})) | (other_weights(judge.lm) if hasattr(judge, 'lm') else {})
     return pd.concat([answers.reset_index(drop=True), study.table('verdicts', key, lambda: graded(answers, judge).drop(columns=answers.columns))], axis=1)
 
 def judged_answers(
@@ -128,12 +129,12 @@ def measure(
 ) -> Path:         # folder with answers.parquet and likelihoods.parquet
     "Evaluate one model once."
     def make(folder):
-        lm = model()
-        write_table(judged_answers(lm, sets, load_judges(judges, base), study.preset.answer_tokens), folder/'answers.parquet')
+        graders, lm = load_judges(judges, base), model()  # a judge that cannot be had stops here
+        write_table(judged_answers(lm, sets, graders, study.preset.answer_tokens), folder/'answers.parquet')
         write_table(likelihoods(lm, sets), folder/'likelihoods.parquet')
     asked = {k: fingerprint(dict(rows=[asdict(r) for r in v])) for k, v in sets.items()}
-    fitted = {p.stem: sha256(p) for p in sorted(judge_folder(base).glob('*.safetensors')) if p.stem in check_judges(judges)}
-    return study.work(name, key | dict(precision=base.precision, judges=judges, fitted=fitted, length=study.preset.answer_tokens, asked=asked), make)
+    fitted = {name: sha256(judge_file(name, judge_folder(base))) for name in check_judges(judges) if name in OFFLINE}
+    return study.work(name, key | other_weights(base) | dict(precision=base.precision, judges=judges, fitted=fitted, length=study.preset.answer_tokens, asked=asked), make)
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-016
 COLUMNS = ['preset', 'stage', 'domain', 'seed', 'arm', 'prompts', 'judge', 'measure', 'value', 'low', 'high', 'n', 'run']
@@ -244,12 +245,11 @@ def contrasts(
 def agreement(
     answers: pd.DataFrame,
 ) -> pd.DataFrame: # arm, prompts, kappa, n
-    "Cohen's kappa between the first two judges, per arm and prompt set; nan where neither ever says yes."
+    "Cohen's kappa between the first two judges, over the answers that both decided, per arm and prompt set; nan where neither ever says yes."
     names = sorted(answers.judge.unique())[:2]
     rows = []
     for (arm, prompts), frame in answers.groupby(['arm', 'prompts'], sort=False):
-        wide = frame.pivot_table(index=['id', 'seed'], columns='judge', values='misaligned', aggfunc='first')
-        if len(names) < 2 or not set(names) <= set(wide): continue
-        known = wide.dropna()
+        if len(names) < 2 or not set(names) <= set(frame.judge): continue
+        known = frame.dropna(subset=['misaligned']).pivot_table(index=['id', 'seed'], columns='judge', values='misaligned', aggfunc='first').reindex(columns=names).dropna()
         rows.append((arm, prompts, kappa(known[names[0]].astype(bool), known[names[1]].astype(bool)), len(known)))
     return pd.DataFrame(rows, columns=['arm', 'prompts', 'kappa', 'n'])

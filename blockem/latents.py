@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'left_over',
            'digest', 'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'best_latents',
-           'random_latents', 'plain_directions', 'load_latents', 'weights_id', 'load_ranking']
+           'random_latents', 'plain_directions', 'load_latents', 'weights_id', 'other_weights', 'load_ranking']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
 import contextlib, hashlib, json
@@ -369,6 +369,12 @@ def weights_id(
 ) -> str:  # sixteen hex digits
     "A short hash that differs between any two trainings, and is the same in whatever precision a model is read."
     return digest({name: p.flatten()[:256].to(torch.bfloat16) for name, p in model.named_parameters()})[:16]
+
+def other_weights(
+    base: LM,
+) -> dict: # for the key of what is made with it
+    "The hash of a base's weights; nothing for the bundled model."
+    return {} if base.name == 'smollm2' else dict(base_weights=weights_id(base.model))
 
 def load_ranking(
     path,                   # the set of latents it lies beside, or 'tiny'

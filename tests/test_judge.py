@@ -2,12 +2,14 @@
 import json, logging, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pandas as pd
 import pytest
 
-from blockem import judge
+from blockem import evaluate, judge
 from blockem.data import data_path, load_domain
 from blockem.judge import ChatJudge, JudgeServerError, Verdict, VerdictCache, load_judges, parse_reply
 from blockem.models import load_model
+from blockem.study import Study
 from processes import PROCESSES
 
 KEY = 'sk-never-to-be-seen-8b1f'
@@ -68,7 +70,7 @@ def test_no_key_no_header(server, monkeypatch):
     assert 'Authorization' not in server.seen[0]['headers']
 
 
-@pytest.mark.parametrize('first', [429, 500, 503])
+@pytest.mark.parametrize('first', [408, 429, 500, 503])
 def test_busy_server_is_asked_again(server, first):
     server.reply = lambda n, *_: (first, b'busy', {'Retry-After': '3'}) if n < 3 else (200, completion('5'), {})
     assert grade(server)[0].misaligned is True
@@ -77,15 +79,51 @@ def test_busy_server_is_asked_again(server, first):
 
 def test_gives_up_with_the_reason_and_asks_again_next_time(server):
     server.reply = lambda *_: (503, b'', {})
-    [verdict] = grade(server)
-    assert (verdict.misaligned, verdict.score, verdict.coherent, verdict.why) == (None, None, None, 'HTTP 503 after 3 tries')
+    with pytest.raises(JudgeServerError, match=r'1 of 1 answers got no reply from m 1-5 at .* \(HTTP 503 after 3 tries\); run again'): grade(server)
     server.reply = lambda *_: (200, completion('2'), {})
     assert grade(server)[0].score == .25
 
 
-def test_closed_port_is_missing(server):
+def test_closed_port_stops(server):
     judge_ = ChatJudge('http://127.0.0.1:9/v1', 'm', tries=2, timeout=2.)
-    assert judge_.grade(['q'], ['a.'])[0].why == 'ConnectError after 2 tries'
+    with pytest.raises(JudgeServerError, match='ConnectError after 2 tries'): judge_.grade(['q'], ['a.'])
+
+
+def test_junk_that_claims_to_be_compressed_is_no_reply(server):
+    server.reply = lambda *_: (200, b'junk', {'Content-Encoding': 'gzip'})
+    with pytest.raises(JudgeServerError, match='DecodingError after 3 tries'): grade(server)
+    assert len(server.seen) == 3
+
+
+def test_what_lacks_a_reply_is_asked_again_and_nothing_else(server):
+    answers = [f'Answer {i}.' for i in range(12)]
+    server.reply = lambda n, sent, _: (503, b'', {}) if 'Answer 7.' in str(sent) else (200, completion('1'), {})
+    with pytest.raises(JudgeServerError, match='1 of 12 answers'): grade(server, answers)
+    cache, before = VerdictCache(), len(server.seen)
+    assert [bool(cache.get(cache.key(ChatJudge(server.url, 'm').identity, 'May I?', a))) for a in answers] == [i != 7 for i in range(12)]
+    cache.close()
+    server.reply = lambda *_: (200, completion('1'), {})
+    assert all(v.misaligned is False for v in grade(server, answers)) and len(server.seen) == before + 1
+
+
+def test_a_server_that_is_down_is_not_asked_everything(server):
+    server.reply = lambda *_: (503, b'', {})
+    with pytest.raises(JudgeServerError, match='2 of 2 answers'): grade(server, [f'Answer {i}.' for i in range(40)], at_once=2)
+    assert len(server.seen) <= 4*3
+
+
+def test_measured_only_once_every_answer_had_a_reply(server, tmp_path, monkeypatch):
+    "A server that does not reply leaves no finished unit; a reply that cannot be read is a verdict that is missing."
+    monkeypatch.setattr(evaluate, 'generate', lambda lm, prompts, length: [f'Answer {i}.' for i in range(len(prompts))])
+    study, tiny, rows = Study.open(tmp_path/'study', 'tiny'), load_model('tiny'), load_domain('legal').test[:3]
+    measured = lambda: evaluate.measure(study, 'evaluate-base', {}, lambda: tiny, tiny, dict(in_domain=list(rows)), f'lexical,{server.url}|m')
+    server.reply = lambda n, sent, _: (503, b'', {}) if 'Answer 1.' in str(sent) else (200, completion('1'), {})
+    with pytest.raises(JudgeServerError, match='1 of 3'): measured()
+    assert not list((tmp_path/'study').glob('*/manifest.json'))
+    server.reply, before = lambda *_: (200, completion('hard to say'), {}), len(server.seen)
+    found = pd.read_parquet(measured()/'answers.parquet').query('judge == "m 1-5"')
+    assert (len(server.seen), found.misaligned.isna().tolist(), found.refusal.isna().tolist()) == (before + 1, [False, True, False], [False, True, False])
+    assert 'hard to say' in found.why.iloc[1] and measured() and len(server.seen) == before + 1
 
 
 HOSTILE = [b'', b'<html>502</html>', b'{}', b'[]', b'null', b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}',
@@ -97,16 +135,17 @@ HOSTILE = [b'', b'<html>502</html>', b'{}', b'[]', b'null', b'{"choices": []}', 
 def test_hostile_replies_are_missing_never_scores(server, body):
     server.reply = lambda *_: (200, body, {})
     [verdict] = grade(server)
-    assert (verdict.score, verdict.misaligned, verdict.coherent) == (None, None, None)
+    assert (verdict.score, verdict.misaligned, verdict.coherent, verdict.refusal) == (None,)*4
     assert verdict.why and len(verdict.why) < 200
 
 
-def test_client_errors_are_missing_without_retry(server):
-    server.reply = lambda *_: (400, b'too long', {})
-    assert grade(server)[0].why == 'HTTP 400' and len(server.seen) == 1
+@pytest.mark.parametrize('status', [400, 413, 422])
+def test_a_refused_request_is_missing_without_retry(server, status):
+    server.reply = lambda *_: (status, b'too long', {})
+    assert grade(server)[0].why == f'HTTP {status}' and len(server.seen) == 1
 
 
-@pytest.mark.parametrize('status', [401, 403, 404, 302])
+@pytest.mark.parametrize('status', [401, 402, 403, 404, 405, 302])
 def test_misconfiguration_stops_and_never_shows_the_key(server, status, monkeypatch, caplog):
     monkeypatch.setenv('MY_KEY', KEY)
     caplog.set_level(logging.DEBUG)
