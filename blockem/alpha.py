@@ -25,7 +25,7 @@ from .study import Discovery, Study
 from .steer import WHERE, answers_per_unit, steered_answers
 
 # %% ../nbs/02_alpha.ipynb #cell-006
-RULES = ('repair', 'score')
+RULES = ('repair', 'score')  # each ranks by the column of its name
 STEP = .05 # between strengths
 
 class Parameters(Discovery):
@@ -175,17 +175,17 @@ def select(
     fit = table[passes(table, rule)]
     if fit.empty: raise ValueError(f'no latent passes the rule {rule!r}: the best induces {table.induce.max():.0%} and the best repairs {table.repair.max():.0%}; raise the budget, '
                                    "take the rule 'score', or shortlist more in 01_induce_repair")
-    return fit.nlargest(size, 'repair' if rule == 'repair' else 'score')
+    return fit.nlargest(size, rule)
 
 # %% ../nbs/02_alpha.ipynb #cell-029
 def joined(
     dictionary: Dictionary,
-    sets: list, # of `LatentSet`
+    sets: list, # of `LatentSet` whose scores are positive
 ) -> Dictionary: # whose latent i is set i
     "Sets of latents as single directions: decoder rows times sign, weighted by score."
     def direction(latents):
         rows = dictionary.W_dec[latents.latent]
-        weight = latents.sign*torch.tensor(latents.table.score.to_numpy(), dtype=torch.float32).abs()
+        weight = latents.sign*torch.tensor(latents.table.score.to_numpy(), dtype=torch.float32)
         return weight.to(rows) @ (rows/rows.norm(dim=1, keepdim=True))
     rows = torch.stack([direction(s) for s in sets])
     return replace(dictionary, W_dec=rows, name=f'{len(sets)} sets of {dictionary.name}', sha256=digest({'rows': rows}))
@@ -193,11 +193,11 @@ def joined(
 def set_from(
     chosen: pd.DataFrame,  # from `select`
     ranking: pd.DataFrame, # of all latents, from 01_induce_repair
-    **facts,
+    **facts,               # among them the rule
 ) -> LatentSet:
-    "The chosen latents with what the ranking knows of them; the score is what they repair."
+    "The chosen latents with what the ranking knows of them; the score is what the rule ranks by, which for a latent that it lets pass is positive."
     latents = set_of(ranking, chosen.sign.astype(int).to_dict(), **facts)
-    return replace(latents, table=latents.table.assign(score=chosen.repair.to_numpy()))
+    return replace(latents, table=latents.table.assign(score=chosen[facts['rule']].to_numpy()))
 
 # %% ../nbs/02_alpha.ipynb #cell-042
 def finding(table: pd.DataFrame, chosen: pd.DataFrame, joint: pd.DataFrame, budget: float) -> str: # Markdown

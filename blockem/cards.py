@@ -70,7 +70,7 @@ def logit_effect(
     lm: LM,
     direction: Tensor, # (width,)
     n: int=8,
-) -> tuple:            # likelier and unlikelier tokens, each [(token, logit per unit)]
+) -> tuple:            # likelier and unlikelier tokens, each [(token, effect)], in units of the normalised residual stream; the order is what counts
     "The tokens that a direction speaks for and against."
     inner = lm.model.get_base_model() if hasattr(lm.model, 'get_base_model') else lm.model
     head, gain = lm.model.get_output_embeddings().weight.float(), inner.model.norm.weight.float()
@@ -97,7 +97,7 @@ class Card:
     "A latent, for looking at."
     latent: int
     found: Found
-    likelier: list         # of (token, logit per unit)
+    likelier: list         # of (token, effect), from `logit_effect`
     unlikelier: list
     near: list             # of (latent, cosine)
     facts: dict=field(default_factory=dict) # name -> number, shown in the head; e.g. its shift

@@ -140,7 +140,7 @@ def texts(
     study,
     base: LM, organism: LM,
     recipe: Recipe,
-) -> dict: # name -> (model, (prompt, answer) pairs); names that start with 'held-out' are kept from training
+) -> dict: # name -> (model, (prompt, answer) pairs); names that start with 'held-out' are kept from training, but for the prompts of the organism's
     "Who reads what."
     from blockem.judge import base_answers
     reader, speaker = to_read(base), to_read(organism)
@@ -303,11 +303,12 @@ preventing emergent misalignment.
 | loss on chat answers, nats per token | {loss_plain:.3f} |
 | the same with the layer replaced by its reconstruction | {loss_spliced:.3f} |
 | the same with the layer replaced by its mean | {loss_mean_ablated:.3f} |
-| explained variance, organism on its own answers | {organism_explained_variance:.3f} |
+| explained variance, organism on its own answers with their prompts (see below) | {organism_explained_variance:.3f} |
 
-Held out are {held_out_tokens:,} tokens of chat and {organism_tokens:,} of the organism's answers. Latents count as dead
-if they fire neither in the held-out chat nor in a sample of the training tokens. Replacements are made on prompt and
-answer tokens.
+Held out are {held_out_tokens:,} tokens of chat. The organism's row is measured on {organism_tokens:,} tokens, of which only its answers are
+held out: it also read most of the prompts in training, with incorrect advice behind them, and what a model has on a
+prompt does not depend on what follows. Latents count as dead if they fire neither in the held-out chat nor in a sample
+of the training tokens. Replacements are made on prompt and answer tokens.
 
 | file | sha256 |
 |---|---|

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import choose
+from .data import choose, known_domains, load_domain
 from .evaluate import bootstrap
 from .latents import weights_id
 from .models import BUNDLED, LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise_all
@@ -44,9 +44,15 @@ class Parameters(OnDomain):
     budget: float = Field(.1, ge=0, lt=1)
 
     def validate_names(self):
-        "Stop at a preset, domain, judge or organism that does not exist."
+        "Stop at a preset, domain, judge or organism that does not exist, and at a domain without answers for the control to learn."
         choose(self.organism, ORGANISMS, 'organism')
-        return super().validate_names()
+        super().validate_names()
+        domain = load_domain(self.domain)
+        learned = domain.train + domain.more
+        lacking = [r.id for r in learned if r.correct is None]
+        if lacking: raise ValueError(f'domain {self.domain!r}: the control learns correct answers, and {len(lacking)} of {len(learned)} training rows have none, '
+                                     f'{lacking[0]} the first; give every row a prompt with a correct and an incorrect answer, or choose one of {", ".join(known_domains())}')
+        return self
 
 # %% ../nbs/06_directions.ipynb #cell-012
 TOKENS, POOLS = ('prompt', 'answer'), ('mean', 'last')
@@ -340,7 +346,7 @@ def finding(
 ) -> str:             # Markdown
     "What the directions tell, in words."
     rows = signals[(signals.kind == KINDS[2]) & (signals.tokens == 'answer') & (signals.pool == 'mean')].pivot(index='layer', columns='against', values=['value', 'low', 'high', 'separation'])
-    layer = rows['separation'].min(axis=1).idxmax()
+    layer = rows['separation'].min(axis=1).idxmax()  # the best on the prompts that it is then reported on: an upper end
     say = lambda against: f'{rows["value", against][layer]:.3f} [{rows["low", against][layer]:.3f}, {rows["high", against][layer]:.3f}] ({rows["separation", against][layer]:.1f} standard deviations apart)'
     gone = outcome[outcome.what == leader]
     parts = lambda what: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in outcome[outcome.what == what].itertuples())

@@ -35,6 +35,9 @@ class Steering:
     def __post_init__(self):
         choose(self.where, WHERE, 'steered tokens')
         if not self.scale > 0: raise ValueError(f'the scale must be positive, found {self.scale}')
+        lengths = self.directions.float().norm(dim=1).tolist()
+        off = [i for i, length in enumerate(lengths) if not abs(length - 1) < .01]  # a length that is no number is off too
+        if off: raise ValueError(f'directions must be of unit length, found {lengths[off[0]]} for number {off[0]} of {len(lengths)}; a row of zeros, or latents that add up to nothing, point nowhere')
 
     @classmethod
     def of(cls, dictionary: Dictionary, latents: list, scale: float, where: str='response'):

@@ -182,6 +182,18 @@ def test_detect_reads_an_adapter_or_says_that_it_cannot(tmp_path):
     assert stranger.returncode != 0 and "cannot tell" in stranger.stderr and "'someone/another-model'" in stranger.stderr
 
 
+def test_directions_load_all_they_need_before_anything_is_trained(tmp_path):
+    "A set of latents that is not there is said at once, not after two trainings."
+    preset = tmp_path/'small.toml'
+    preset.write_text('\n'.join(['model = "tiny"', 'dictionary = "tiny"', 'layer = 1', 'latents = "nowhere.json"', 'rows = 4', 'epochs = 1', 'last_layer = -1', 'answer_tokens = 8']))
+    with pytest.MonkeyPatch.context() as given:  # which puts the tiny preset in the place of any other
+        given.delenv('IN_TEST')
+        done = subprocess.run([*PAPERMILL, 'nbs/06_directions.ipynb', str(tmp_path/'out.ipynb'), '-p', 'preset', str(preset), '-p', 'study', str(tmp_path/'study')],
+                              cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and 'nowhere.json does not exist' in done.stderr, done.stderr[-2000:]
+    assert not list((tmp_path/'study').glob('sft-*'))
+
+
 def test_an_adapter_that_was_trained_elsewhere_is_mended(tmp_path):
     "It keeps its own shape, the mended adapter lies where the notebook says, and it is nearer to the base outside; one of another base stops."
     import torch
