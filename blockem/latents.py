@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'left_over',
            'digest', 'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'best_latents',
-           'random_latents', 'plain_directions', 'load_latents', 'weights_id', 'other_weights', 'load_ranking']
+           'random_latents', 'plain_directions', 'read_set', 'load_latents', 'weights_id', 'other_weights',
+           'load_ranking']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
 import contextlib, hashlib, json
@@ -346,6 +347,15 @@ def _check_set(path, facts: dict, table: pd.DataFrame, dictionary: Dictionary):
     if twice: raise ValueError(f'{path}: latents {twice} are listed more than once')
     if beyond: raise ValueError(f'{path}: latents {beyond} do not exist, {dictionary.name!r} has {len(dictionary)}')
 
+def read_set(
+    path: Path, # a latents.json
+) -> dict:
+    "A set of latents as it lies on disk, whatever dictionary it is for."
+    try: facts = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path}: a set of latents is a JSON object, and this is not JSON: {e}') from None
+    if not isinstance(facts, dict): raise ValueError(f'{path}: a set of latents is a JSON object; found {type(facts).__name__}')
+    return facts
+
 def load_latents(
     path,                   # a file that `LatentSet.save` wrote (relative to `data/`, or absolute), or 'tiny'
     dictionary: Dictionary, # the one it must have been made for
@@ -356,7 +366,7 @@ def load_latents(
     path = data_path(path)
     if not path.is_file():
         raise ValueError(f"set of latents {path} does not exist; make one with `blockem alpha` or `blockem latents`, or give 'tiny'")
-    facts = json.loads(path.read_text(encoding='utf-8'))
+    facts = read_set(path)
     faults = [f'{path}: {e.json_path}: {e.message}' for e in Draft202012Validator(SCHEMA).iter_errors(facts)]
     if faults: raise ValueError('\n'.join(faults[:20]))
     table = pd.DataFrame(facts.pop('latents'))

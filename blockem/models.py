@@ -648,9 +648,10 @@ def _with_small_adapter(base: LM): # PeftModel
 def adapter_weights(
     folder,  # an adapter in PEFT's format
 ) -> Path:
-    "The file of an adapter's weights; it stops where there is none."
+    "The file of an adapter's weights; it stops where that or the configuration is not there."
     found = Path(folder)/'adapter_model.safetensors'
     if not found.is_file(): raise ValueError(f'{folder} holds no {found.name}; if `blockem slim` dropped it, delete the folder around it and run the stage again')
+    if not (found.parent/'adapter_config.json').is_file(): raise ValueError(f'{folder} holds no adapter_config.json, and so does not say how its weights act, and on which base')
     return found
 
 def load_adapter(
