@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'left_over',
            'digest', 'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'best_latents',
-           'random_latents', 'plain_directions', 'read_set', 'load_latents', 'weights_id', 'other_weights',
+           'random_latents', 'plain_directions', 'read_latents', 'load_latents', 'weights_id', 'other_weights',
            'load_ranking']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
@@ -347,7 +347,7 @@ def _check_set(path, facts: dict, table: pd.DataFrame, dictionary: Dictionary):
     if twice: raise ValueError(f'{path}: latents {twice} are listed more than once')
     if beyond: raise ValueError(f'{path}: latents {beyond} do not exist, {dictionary.name!r} has {len(dictionary)}')
 
-def read_set(
+def read_latents(
     path: Path, # a latents.json
 ) -> dict:
     "A set of latents as it lies on disk, whatever dictionary it is for."
@@ -366,7 +366,7 @@ def load_latents(
     path = data_path(path)
     if not path.is_file():
         raise ValueError(f"set of latents {path} does not exist; make one with `blockem alpha` or `blockem latents`, or give 'tiny'")
-    facts = read_set(path)
+    facts = read_latents(path)
     faults = [f'{path}: {e.json_path}: {e.message}' for e in Draft202012Validator(SCHEMA).iter_errors(facts)]
     if faults: raise ValueError('\n'.join(faults[:20]))
     table = pd.DataFrame(facts.pop('latents'))

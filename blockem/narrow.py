@@ -111,7 +111,8 @@ def domain_odds(
         lines = [(reading, 0) for reading in known] + [('all blocks', n) for n in near if n]
         return pd.concat([odds_at(sets_of(name, known[reading], others), ids, n*len(others)).assign(reading=reading, near=n) for reading, n in tqdm(lines, desc=name, unit='line')], ignore_index=True)
     key = dict(domain=name, weights=weights_id(lm.model), precision=lm.precision, near=near, prompts=fingerprint({side: [r.messages for r in some] for side, some in rows.items()}))
-    return study.table('odds-by-reading', key, ask).assign(domain=load_domain(name).name)
+    found, domain = study.table('odds-by-reading', key, ask), load_domain(name).name
+    return found.assign(domain=domain, id=found.id.where(found.prompts != 'inside', domain + '/' + found.id))  # files that name no ids number their rows alike
 
 # %% ../nbs/09_narrow.ipynb #cell-013
 def by_domain(odds: pd.DataFrame, named: list) -> list: # per domain {'inside', 'outside'}: odds, (readings, prompts)

@@ -23,7 +23,7 @@ from .evaluate import bootstrap, by_judge, result_prompts, wilson
 from .finetune import GATED, OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, odds_of, told_apart
 from .judge import REPORTING, SELECTING, check_judges
-from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents, read_set
+from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents, read_latents
 from .models import LM, collate, load_adapter, load_model, tokenise
 from .penalty import Block, Price, saturated
 from .study import Study, checked, fingerprint, get_preset
@@ -34,7 +34,7 @@ ARMS = ('base', 'sft', 'correct', 'blocked', 'hold', 'late', 'mend', 'gate', 'ga
 
 def check_impartial(judges: str, latents: Path):
     "Refuse to report by a judge, or on prompts, that chose the latents."
-    facts = read_set(latents) if latents.is_file() else {}
+    facts = read_latents(latents) if latents.is_file() else {}
     for used in {SELECTING, facts.get('judge')} & {j for j in check_judges(judges) if isinstance(j, str)}:
         raise ValueError(f'judge {used!r} chooses latents, so it cannot report on them; choose others, e.g. {",".join(REPORTING)}')
     held = {name: sha256(data_path('prompts', f'{name}.jsonl')) for name, use in PROMPT_SETS.items() if use == 'result'}
