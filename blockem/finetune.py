@@ -416,7 +416,7 @@ def train_charged(
     study: Study,
     lm: LM,
     arm: str,        # pays by the anchors' divergence as `hold`, `late` and `mend`, by that and by latents as `both`, under any other name by latents
-    free: Path|None, # the free arm, which sets the price, which `late` and `mend` go on from, and by which `mend` is taught; `hold` needs none
+    free: Path|None, # the free arm, which sets the price, which `late` and `mend` go on from, and whose own answers teach `mend`; `hold` needs none
     pairs: list, seed: int,
     dictionary, latents: LatentSet,
     lam='auto',      # or a number
