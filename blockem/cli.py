@@ -212,7 +212,8 @@ def study(
     given = {name: dict(domain=d, seeds=seeds, arms=arms, study=str(folder/name)) | changes for name, d in _named(_located('domains', domains)).items()}
     for g in given.values(): _ready(Parameters, g)
     latents = dict(latents=_latents(changes))
-    if jobs > 1: prepare([task for g in given.values() for task in tasks(g | latents)], jobs)
+    with _plainly(): todo = [task for g in given.values() for task in tasks(g | latents)]
+    if jobs > 1: prepare(todo, jobs)
     evaluation, answers, likelihoods = gather({d: _execute('03_train', Parameters, g | latents) for d, g in given.items()})
     effects = across(answers, likelihoods)
     write_table(evaluation, root/'study.parquet')

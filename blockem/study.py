@@ -105,9 +105,9 @@ def checked(
 ):               # an instance of the schema
     "The parameters of a run; an unknown name, a mistyped value or a name that leads nowhere stops here."
     known = schema.model_fields
+    constant = lambda k: k.isupper() and k.lower() not in known  # of the notebook, no parameter in capitals by mistake
     def meant(name, value) -> bool: # whether it is a parameter, perhaps misspelt, and not something else of the notebook's
-        if name.isupper(): return name.lower() in known  # in capitals by mistake, or a constant
-        return name in known or not name.startswith('_') and isinstance(value, (str, int, float, bool, type(None)))
+        return name in known or not name.startswith('_') and not constant(name) and isinstance(value, (str, int, float, bool, type(None)))
     told = {k: v for k, v in given.items() if meant(k, v)}
     for name in told: choose(name, known, 'parameter')
     try: return schema(**told).validate_names()
