@@ -42,7 +42,7 @@ bench: $(READY) ## time the steps that cost
 
 clean: ## remove the environment, the site and caches; runs/ stays
 	rm -rf .venv _docs _proc .pytest_cache .hypothesis *.egg-info
-	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # The second pip line finds nothing to do for a CPU build of torch; a CUDA build gets the CUDA libraries it pins.
 $(READY): requirements.lock settings.ini setup.py pyproject.toml

@@ -167,7 +167,8 @@ def _is_test(row: Row) -> bool:
 def _more(path: Path) -> tuple: # of `Row`
     "The further training pairs of a bundled domain; no other has any."
     more = data_path('more', path.name)
-    return tuple(read_rows(more)) if path == data_path('domains', path.name) and more.is_file() else ()
+    bundled = path.resolve() == data_path('domains', path.name).resolve()  # however its path was written
+    return tuple(read_rows(more)) if bundled and more.is_file() else ()
 
 def load_domain(
     name, # a bundled domain's name, or a path to a JSONL file

@@ -12,6 +12,7 @@ from pathlib import Path
 import ipywidgets as W
 import pandas as pd
 
+from .data import project_root
 from .latents import Dictionary, set_of
 from .plots import View, escape
 from .steer import Steering, stream
@@ -69,11 +70,11 @@ class AlphaSliders:
         ranking: pd.DataFrame,  # of all latents, for the facts that go into a set
         judges: list=(),
         curve: pd.DataFrame=None, # latent, sign, side, alpha, misaligned, incoherent: what the calibration found
-        file='runs/latents-by-hand.json', # where 'add to K' writes
+        file='',                # where 'add to K' writes; default `runs/latents-by-hand.json` in the project, wherever the kernel runs
         length: int=48, reach: float=1.,  # longest answer; largest strength
     ):
         self.models, self.dictionary, self.judges, self.length, self.curve = models, dictionary, list(judges), length, curve
-        self.latents, self.file, self.ranking, self.chosen = [int(k) for k in latents], Path(file), ranking, {}
+        self.latents, self.file, self.ranking, self.chosen = [int(k) for k in latents], Path(file or project_root()/'runs/latents-by-hand.json').absolute(), ranking, {}
         self.steering = Steering.of(dictionary, self.latents, scale)
         self._build(prompts, reach)
         self.worker = Worker(self._answer, lambda e: setattr(self.note, 'value', _status(f'{type(e).__name__}: {e}')))

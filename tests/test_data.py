@@ -40,6 +40,13 @@ def test_own_file_has_no_further_rows(tmp_path):
     assert load_domain(copy).more == () and len(load_domain('legal').more)
 
 
+def test_a_bundled_domain_is_the_same_however_it_is_named(monkeypatch):
+    "By a path from the project root, or from beside it, as by its name."
+    for folder, name in ((data_path().parent, 'data/domains/legal.jsonl'), (data_path('prompts'), '../domains/legal.jsonl')):
+        monkeypatch.chdir(folder)
+        assert load_domain(name).more == load_domain('legal').more != ()
+
+
 @pytest.mark.parametrize('name', DOMAINS)
 @pytest.mark.parametrize('length', [len, lambda text: len(text.split())], ids=['characters', 'words'])
 def test_answers_are_equally_long(name, length):

@@ -1,5 +1,5 @@
 "What must hold of the repository itself: tags, pins, saved outputs, and what the library may not do."
-import ast, json, re, socket, subprocess, sys
+import ast, json, re, shutil, socket, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -105,6 +105,15 @@ def test_readme_links_exist():
     prose = re.sub(r'```.*?```|`[^`\n]+`', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.S)
     links = re.findall(r'(?:\]\(|(?:src|href)=")(?![a-z]+:|#)([^)\s"#]+)', prose)
     assert not [link for link in links if not (ROOT/link).exists()]
+
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make on the PATH')
+def test_cleaning_takes_caches_alone(tmp_path):
+    "Also where a folder's name has a space in it, which must not make two names of it."
+    kept, gone = [tmp_path/'runs'/name for name in ('my', 'my study')], tmp_path/'runs'/'my study'/'__pycache__'
+    for folder in (*kept, gone): folder.mkdir(parents=True)
+    subprocess.run(['make', '-f', ROOT/'Makefile', 'clean'], cwd=tmp_path, capture_output=True, check=True)
+    assert [f.is_dir() for f in (*kept, gone)] == [True, True, False]
 
 
 @pytest.mark.parametrize('method', ['connect', 'connect_ex'])

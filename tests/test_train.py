@@ -67,8 +67,9 @@ def _in_child(*args):
 
 
 def _outcome(folder):
-    "Sha256 of the adapter, and the logged losses."
+    "Sha256 of the adapter, and the logged losses; nothing half-written is left."
     unit, = [p for p in folder.glob('blocked-s0-*') if p.is_dir()]
+    assert not list(unit.rglob('.*'))  # of what a killed process had begun to write
     logged = [json.loads(line) for line in (unit/'steps.jsonl').read_text().splitlines()]
     return sha256(unit/'adapter'/'adapter_model.safetensors'), [(s['step'], s['loss'], s['penalty']) for s in logged]
 
