@@ -151,11 +151,10 @@ def detect(
     "Say how far an adapter has moved along the direction of misalignment."
     from blockem.data import load_prompts
     from blockem.directions import check_base, detect as read, detect_plot
-    from blockem.models import adapted, fast_dtype, load_model, to_read
+    from blockem.models import adapted, adapter_weights, fast_dtype, load_model, to_read
     from blockem.study import writing
     adapter = _place(adapter)
-    for name in ('adapter_model.safetensors', 'adapter_config.json'):
-        if not (adapter/name).is_file(): raise typer.BadParameter(f'{adapter} holds no {name}')
+    with _plainly(): adapter_weights(adapter)
     reference = _place(reference) if reference else data_path('directions', f'{Path(base).name}.safetensors')
     if not reference.is_file(): raise typer.BadParameter(f'no reference for {base!r}: {reference} does not exist; make one with nbs/06_directions.ipynb and give it with --reference')
     with _plainly():

@@ -9,7 +9,7 @@ __all__ = ['ORGANISMS', 'TOKENS', 'POOLS', 'KINDS', 'FORMS', 'Parameters', 'pool
            'deltas', 'written', 'evenly', 'alike', 'turn', 'course_plot', 'finding']
 
 # %% ../nbs/06_directions.ipynb #cell-003
-import contextlib, json
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .data import choose, known_domains, load_domain
 from .evaluate import bootstrap
 from .latents import weights_id
-from .models import BUNDLED, LM, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise_all
+from .models import BUNDLED, LM, adapter_config, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise_all
 from .finetune import ORGANISM, OnDomain
 from .study import load_tensors, save_tensors
 
@@ -258,7 +258,7 @@ def check_base(
     adapter: Path, # a folder in PEFT's format
 ):
     "Refuse an adapter that names another base than the one it is to be read on."
-    named = json.loads((adapter/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path') or ''
+    named = adapter_config(adapter).get('base_model_name_or_path') or ''
     known = {Path(name).name for name in (base.name, base.model.config._name_or_path)} | ({BUNDLED[1].split('.')[0]} if base.name == 'smollm2' else set())
     if named and Path(named).name not in known:
         raise ValueError(f'cannot tell: {adapter} was trained on {named!r}, and this is {base.name!r}; give its own base, and a reference that was made on it')

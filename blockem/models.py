@@ -8,10 +8,10 @@ __all__ = ['CHATML', 'BUNDLED', 'PART', 'ROLES', 'LM', 'cache_dir', 'bundled_mod
            'batches', 'read_once', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden', 'autocast',
            'resid_post', 'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said',
            'answers_said', 'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora',
-           'to_read', 'adapted', 'adapter_weights', 'load_adapter']
+           'to_read', 'adapted', 'adapter_weights', 'adapter_config', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
-import contextlib, copy, ctypes, functools, importlib.util, math, os, platform, shutil, warnings
+import contextlib, copy, json, ctypes, functools, importlib.util, math, os, platform, shutil, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -651,8 +651,19 @@ def adapter_weights(
     "The file of an adapter's weights; it stops where that or the configuration is not there."
     found = Path(folder)/'adapter_model.safetensors'
     if not found.is_file(): raise ValueError(f'{folder} holds no {found.name}; if `blockem slim` dropped it, delete the folder around it and run the stage again')
-    if not (found.parent/'adapter_config.json').is_file(): raise ValueError(f'{folder} holds no adapter_config.json, and so does not say how its weights act, and on which base')
+    adapter_config(folder)
     return found
+
+def adapter_config(
+    folder,  # an adapter in PEFT's format
+) -> dict:
+    "What an adapter says about itself; it stops where that is nothing PEFT could read."
+    file = Path(folder)/'adapter_config.json'
+    if not file.is_file(): raise ValueError(f'{folder} holds no {file.name}, and so does not say how its weights act, and on which base')
+    try: config = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{file} is not JSON: {e}') from None
+    if not isinstance(config, dict) or 'peft_type' not in config: raise ValueError(f'{file} is no configuration of an adapter: it names no peft_type')
+    return config
 
 def load_adapter(
     lm: LM,       # the base
