@@ -178,7 +178,7 @@ def bills(
     charged = last[(last.penalty > 0) | (last.divergence > 0)]
     if not prices: return charged
     unpaid = {arm: price.penalty for arm, price in prices.items()}
-    return charged.assign(unpaid=pd.Series(unpaid), saturated=[arm in unpaid and saturated(bill, unpaid[arm]) for arm, bill in charged.penalty.items()])
+    return charged.assign(unpaid=pd.Series(unpaid), saturated=[r.lam > 0 and saturated(r.penalty, unpaid[r.Index]) for r in charged.itertuples()])
 
 # %% ../nbs/03_train.ipynb #cell-032
 @torch.no_grad()
