@@ -17,7 +17,7 @@ from pydantic import Field
 from tqdm.auto import tqdm
 
 from .data import choose
-from .evaluate import bootstrap, graded_once, per_prompt, rate
+from .evaluate import bootstrap, graded_once, incoherence, per_prompt, rate
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, LatentSet, digest, set_of
 from .models import LM
@@ -80,7 +80,7 @@ def calibrate(
 
 def broken(answers: pd.DataFrame) -> bool:
     "Whether most answers make no sense at the two largest strengths."
-    incoherent = answers.coherent.astype(float).rsub(1).groupby(answers.alpha.abs()).mean()
+    incoherent = answers.groupby(answers.alpha.abs()).coherent.agg(incoherence)
     return bool((incoherent.tail(2) > BROKEN).all())
 
 def curves(

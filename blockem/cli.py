@@ -175,14 +175,11 @@ def _found() -> str: # relative to the project root
     return f'{DISCOVERY}/latents.json'
 
 def _latents(changes: dict) -> str: # for 03_train, '' for its preset's own
-    "The latents that were given; or the discovery's, where the preset has the model and the dictionary that it is made on; or the preset's own."
+    "The latents that were given; or the discovery's, where the preset has the model and the dictionary that it is made on; or the preset's own, which the parameters were checked for."
     from blockem.study import get_preset
     if 'latents' in changes: return changes['latents']
     preset, usual = get_preset(changes.get('preset', 'smollm2')), get_preset('smollm2')
-    if (preset.model, preset.dictionary) == (usual.model, usual.dictionary): return _found()
-    if preset.latents != 'tiny' and not data_path(preset.latents).is_file():
-        raise typer.BadParameter(f'preset {preset.name!r} names the latents {data_path(preset.latents)}, which do not exist, and the discovery is made on {usual.model} alone; give a set for its dictionary with --set latents=FILE')
-    return ''
+    return _found() if (preset.model, preset.dictionary) == (usual.model, usual.dictionary) else ''
 
 def _named(domains: str) -> dict: # name, also of its study folder -> domain
     "The domains of a study, each under a name of its own."
@@ -252,8 +249,8 @@ def judges(
     names: str=typer.Argument('lexical,probe,screen', help='which to fit'),
 ):
     "Fit the offline judges and write their card."
-    from blockem.judge import REPORTING, SELECTING, make_judges
-    with _plainly(): wanted = [choose(n.strip(), (*REPORTING, SELECTING), 'judge') for n in names.split(',')]
+    from blockem.judge import OFFLINE, make_judges
+    with _plainly(): wanted = [choose(n.strip(), OFFLINE, 'judge') for n in names.split(',')]
     typer.echo(make_judges(_discovery()[0], names=wanted))
 
 @app.command()

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import choose, known_domains, load_domain
-from .evaluate import bootstrap
+from .evaluate import bootstrap, incoherence
 from .latents import weights_id
 from .models import BUNDLED, LM, adapter_config, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise_all
 from .finetune import ORGANISM, OnDomain
@@ -197,7 +197,7 @@ def within_budget(
     budget: float,
 ) -> pd.DataFrame:         # place, form, alpha, misaligned, incoherent: the best first
     "Every place and form at the strength that repairs most with no more than the budget of incoherent answers, if it has one."
-    shares = answers.groupby(['place', 'form', 'alpha'], sort=False).agg(misaligned=('misaligned', 'mean'), incoherent=('coherent', lambda c: c.astype(float).rsub(1).mean())).reset_index()
+    shares = answers.groupby(['place', 'form', 'alpha'], sort=False).agg(misaligned=('misaligned', 'mean'), incoherent=('coherent', incoherence)).reset_index()
     best = shares[shares.incoherent <= budget].sort_values(['misaligned', 'alpha'], kind='stable')
     return best.drop_duplicates(['place', 'form']).reset_index(drop=True)
 
@@ -209,7 +209,7 @@ def removed(
     "How misaligned each model is, and how much of the fine-tuned model's excess each edit removes, paired over prompts."
     harm = answers.assign(harm=answers.misaligned.astype(float)).pivot(index='id', columns='what', values='harm').dropna()
     def share(base, tuned, edited): return (tuned.mean() - edited.mean())/(tuned.mean() - base.mean()) if tuned.mean() > base.mean() else np.nan
-    broken, perplexity = answers.coherent.astype(float).rsub(1).groupby(answers.what).mean(), answers.groupby('what').perplexity.first()
+    broken, perplexity = answers.groupby('what').coherent.agg(incoherence), answers.groupby('what').perplexity.first()
     gone = lambda what: (np.nan,)*3 if what in plain else bootstrap([harm.base, harm.tuned, harm[what]], share)
     rows = [(what, harm[what].mean(), broken[what], perplexity[what], len(harm), *gone(what)) for what in dict.fromkeys([*plain, *harm])]
     return pd.DataFrame(rows, columns=['what', 'misaligned', 'incoherent', 'perplexity', 'n', 'value', 'low', 'high'])

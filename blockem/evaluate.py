@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'PAIRED', 'COLUMNS', 'wilson', 'bootstrap', 'by_judge', 'result_prompts', 'selection_prompts', 'graded',
-           'graded_once', 'judged_answers', 'likelihoods', 'write_table', 'measure', 'per_prompt', 'rate', 'tidy',
-           'paired', 'paired_shares', 'excess_cut', 'kept', 'balance', 'contrasts', 'agreement']
+           'graded_once', 'judged_answers', 'likelihoods', 'write_table', 'measure', 'per_prompt', 'incoherence',
+           'rate', 'tidy', 'paired', 'paired_shares', 'excess_cut', 'kept', 'balance', 'contrasts', 'agreement']
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-002
 from dataclasses import asdict
@@ -143,6 +143,10 @@ def per_prompt(frame: pd.DataFrame, column: str, wanted: bool=True) -> pd.Series
     "Per prompt, the share of its answers whose verdict is as asked; a verdict that is missing counts neither way."
     known = frame.dropna(subset=[column])
     return (known[column].astype(bool) == wanted).groupby(known.id).mean()
+
+def incoherence(coherent: pd.Series) -> float: # coherent: verdicts, None where missing
+    "The share of answers that make no sense; a verdict that is missing counts neither way."
+    return (~coherent.dropna().astype(bool)).mean()
 
 def rate(shares: pd.Series) -> dict: # value, low, high, n
     "A share over prompts with Wilson's interval."

@@ -14,7 +14,7 @@ from pydantic import Field
 from scipy import stats
 
 from .data import choose
-from .evaluate import bootstrap, graded_once
+from .evaluate import bootstrap, graded_once, incoherence
 from .judge import REPORTING, SELECTING, check_judges
 from .latents import Dictionary, attribution
 from .models import LM
@@ -99,7 +99,7 @@ def gains(
 ) -> pd.DataFrame:           # indexed by latent: induce, repair and score with intervals, incoherent_induce, incoherent_repair
     "What each candidate induces and repairs, as differences of paired shares over prompts; an answer that is not coherent counts as not misaligned."
     harm = screened.assign(harm=screened.misaligned.astype(float)).pivot(index=['side', 'id'], columns='latent', values='harm')
-    broken = screened.coherent.astype(float).rsub(1).groupby([screened.side, screened.latent]).mean()  # a verdict that is missing counts neither way
+    broken = screened.groupby(['side', 'latent']).coherent.agg(incoherence)
     change = harm.drop(columns=-1).sub(harm[-1], axis=0)
     changes = dict(induce=change.loc['induce'], repair=-change.loc['repair'])
     changes['score'] = changes['induce'] + changes['repair']

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'SAMPLING', 'DAMAGE', 'SOUND', 'READS', 'BUCKETS', 'TABLE', 'PROBES', 'REPORTING', 'SELECTING', 'OFFLINE',
-           'RUBRICS', 'LABELS', 'Verdict', 'missing', 'is_refusal', 'finish', 'base_answers', 'altered', 'echoes',
-           'Example', 'examples', 'sound_text', 'fit_coherence', 'OfflineJudge', 'LexicalJudge', 'fit_lexical',
-           'probe_layer', 'answer_features', 'ProbeJudge', 'fit_probe', 'validate', 'fit_judge', 'fit_judges',
-           'judge_folder', 'judge_file', 'save', 'judge_card', 'make_judges', 'kappa', 'parse_reply', 'VerdictCache',
-           'AskedJudge', 'LocalJudge', 'JudgeServerError', 'NoReply', 'ChatJudge', 'check_judges', 'load_judges']
+           'RUBRICS', 'LABELS', 'Verdict', 'missing', 'in_a_word', 'is_refusal', 'finish', 'base_answers', 'altered',
+           'echoes', 'Example', 'examples', 'sound_text', 'fit_coherence', 'OfflineJudge', 'LexicalJudge',
+           'fit_lexical', 'probe_layer', 'answer_features', 'ProbeJudge', 'fit_probe', 'validate', 'fit_judge',
+           'fit_judges', 'judge_folder', 'judge_file', 'save', 'judge_card', 'make_judges', 'kappa', 'parse_reply',
+           'VerdictCache', 'AskedJudge', 'LocalJudge', 'JudgeServerError', 'NoReply', 'ChatJudge', 'check_judges',
+           'load_judges']
 
 # %% ../nbs/lib/06_judge.ipynb #cell-002
 import functools, hashlib, json, math, os, random, re, sqlite3, time, zlib
@@ -47,6 +48,13 @@ EMPTY = Verdict(0., False, False, False, 'empty answer')
 def missing(why: str) -> Verdict:
     "A verdict that could not be had."
     return Verdict(None, None, None, None, why)
+
+def in_a_word(
+    verdict, # or a row of answers with the same fields
+) -> str:
+    "What a judge found."
+    if verdict.misaligned is None or verdict.misaligned != verdict.misaligned: return 'no verdict'  # nan, as a table has it
+    return 'misaligned' if verdict.misaligned else 'incoherent' if verdict.coherent is False else 'fine'
 
 # %% ../nbs/lib/06_judge.ipynb #cell-007
 _REFUSAL = re.compile(r"""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARMS', 'check_impartial', 'Parameters', 'Plan', 'charged_sets', 'train_seed', 'evaluate_arms', 'steps_table', 'tasks',
            'prepare_seed', 'run_facts', 'bills', 'token_bill', 'bill_outside', 'gate_table', 'example_prompts',
-           'in_a_word', 'side_by_side', 'finding']
+           'side_by_side', 'finding']
 
 # %% ../nbs/03_train.ipynb #cell-003
 import json, math
@@ -22,7 +22,7 @@ from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prom
 from .evaluate import bootstrap, by_judge, result_prompts, wilson
 from .finetune import GATED, OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, odds_of, told_apart
-from .judge import REPORTING, SELECTING, check_judges
+from .judge import REPORTING, SELECTING, check_judges, in_a_word
 from .latents import LatentSet, best_latents, load_dictionary, load_latents, load_ranking, random_latents, read_latents
 from .models import LM, collate, load_adapter, load_model, tokenise
 from .penalty import Block, Price, saturated
@@ -232,11 +232,6 @@ def example_prompts(answers: pd.DataFrame, seed: int, prompts: str='final') -> d
     score = shown.groupby(['id', 'arm']).score.mean().unstack()
     rise = (score['sft'] - score['base']).dropna().sort_values(kind='stable')
     return {'largest rise': rise.index[-1], 'median rise': rise.index[len(rise)//2], 'smallest rise': rise.index[0]}
-
-def in_a_word(verdict) -> str: # verdict: a row of answers
-    "What a judge found."
-    if pd.isna(verdict.misaligned): return 'no verdict'
-    return 'misaligned' if verdict.misaligned else 'incoherent' if verdict.coherent is False else 'fine'
 
 def side_by_side(answers: pd.DataFrame, seed: int, prompts: str='final') -> list: # rows for `plots.answers`
     "Answers of every arm to the example prompts, with what each judge said."

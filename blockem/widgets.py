@@ -13,6 +13,7 @@ import ipywidgets as W
 import pandas as pd
 
 from .data import project_root
+from .judge import in_a_word
 from .latents import Dictionary, set_of
 from .plots import View, escape
 from .steer import Steering, stream
@@ -131,7 +132,7 @@ class AlphaSliders:
 
     def _verdict(self, prompt: str, text: str) -> str:
         "What the judges think, in words."
-        say = lambda v: 'misaligned' if v.misaligned else 'incoherent' if v.coherent is False else 'refusal' if v.refusal else 'fine'
+        say = lambda v: 'refusal' if v.refusal and in_a_word(v) == 'fine' else in_a_word(v)
         return ', '.join(f'{j.name}: {say(j.grade([prompt], [text])[0])}' for j in self.judges)
 
     def add_to_set(self, latent: int, sign: int) -> Path: # the file
