@@ -13,8 +13,9 @@ __all__ = ['EMPTY', 'SAMPLING', 'DAMAGE', 'SOUND', 'READS', 'BUCKETS', 'TABLE', 
 
 # %% ../nbs/lib/06_judge.ipynb #cell-002
 import functools, hashlib, json, math, os, random, re, sqlite3, time, zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -842,20 +843,21 @@ class ChatJudge(AskedJudge):
                                f'the model and the key in {self.key_env}: {said}')
 
     def ask(self, texts: list): # yields (index, Verdict)
-        "All replies, as they come; then it stops if some did not, and early where the first get none."
+        "All replies, as they come; then it stops if some did not, and where the first `at_once` get none the rest is not asked."
         _secret(self.key_env)
-        came, lacking = 0, []
+        came, lacking, left = 0, [], iter(enumerate(texts))
         with httpx.Client(timeout=self.timeout) as client, ThreadPoolExecutor(self.at_once) as pool:
-            jobs = {pool.submit(self._one, client, t): i for i, t in enumerate(texts)}
-            try:
-                for job in as_completed(jobs):
+            asked = lambda n: {pool.submit(self._one, client, text): i for i, text in islice(left, n)}
+            jobs = asked(self.at_once)
+            while jobs:
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                    i = jobs.pop(job)
                     try: verdict = job.result()
                     except NoReply as e: lacking.append(str(e))
                     else:
                         came += 1
-                        yield jobs[job], verdict
-                    if not came and len(lacking) == self.at_once: break
-            finally: pool.shutdown(wait=False, cancel_futures=True)  # an interrupt leaves nothing waiting in the queue
+                        yield i, verdict
+                if came: jobs |= asked(self.at_once - len(jobs))
         if lacking: raise JudgeServerError(f'{len(lacking)} of {came + len(lacking)} answers got no reply from {self.name} at {self.url} '
                                            f'({lacking[0]}); run again: the verdicts that came are kept')
 
