@@ -260,12 +260,12 @@ def frontier(
     return pd.concat(tables, ignore_index=True)
 
 def beside_own(answers: pd.DataFrame, likelihoods: pd.DataFrame, seeds: dict) -> pd.DataFrame: # as for `frontier`
-    "The same for methods with a recipe of their own, against the free run of that recipe."
+    "The same for methods with a recipe of their own, against the free run of that recipe, on the seeds that both have."
     tables = []
     for name in (m for m in seeds if METHODS[m].free in seeds):
         [(free, setting)] = tried([METHODS[name].free])
         instead = lambda t: t[t.arm != 'sft'].replace(dict(arm={f'{free} {setting:g}': 'sft'}))
-        tables.append(frontier(instead(answers), instead(likelihoods), {name: seeds[name]}))
+        tables.append(frontier(instead(answers), instead(likelihoods), {name: [s for s in seeds[name] if s in seeds[free]]}))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=['method'])
 
 def frontier_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per method and setting, the most balanced first

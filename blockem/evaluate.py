@@ -67,7 +67,7 @@ def selection_prompts(
 ) -> dict:           # name -> rows
     """The prompts that choices of recipe are made on, none of them a result prompt.
 
-    The judges were fitted on the general pairs, so their levels there flatter them; the order of recipes is what counts.
+    The judges were fitted on the general pairs and the bundled training rows, which `compare.within` tests on, so their levels there flatter them; the order of recipes is what counts.
     """
     return dict(general=general_pairs(measured=True), in_domain=list(domain.test))
 
