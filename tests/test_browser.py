@@ -135,12 +135,6 @@ def test_exported_page_slides_without_a_kernel(browser, tmp_path):
     assert answer.text == 'base at -0.5'
 
 
-OVERLAPS = """
-const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom, box = e => e.getBoundingClientRect();
-return [...document.querySelectorAll('.plotly-graph-div')].flatMap(g => ['x', 'y'].flatMap(d => [...g.querySelectorAll(`[class^="${d}"][class$="title"]`)].filter(
-  t => [...g.querySelectorAll(`.${d}tick text, .${d}2tick text`)].some(l => over(box(t), box(l)))).map(t => t.textContent)))"""
-
-
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The rendered site."
@@ -161,10 +155,8 @@ def test_site_fits_a_narrow_window(browser, site):
     assert browser.execute_script('return document.querySelector("main").getBoundingClientRect().top') < 450
 
 
-def test_figures_of_the_site_can_be_read(browser, site):
-    "No axis title stands on tick labels, and no button sends a figure elsewhere."
-    for page in ('lib/08_plots.html', '04_reroute.html'):
-        browser.get((site/page).as_uri())
-        _wait_for(lambda: browser.find_elements('css selector', '.modebar-btn'), 20, 'the figures')
-        assert not browser.execute_script(OVERLAPS)
-        assert not browser.find_elements('css selector', '.modebar-btn[data-title^="Share"]')
+def test_no_button_of_the_site_sends_a_figure_elsewhere(browser, site):
+    "Plotly's own tools are there, but for the one that uploads."
+    browser.get((site/'lib/08_plots.html').as_uri())
+    _wait_for(lambda: browser.find_elements('css selector', '.modebar-btn'), 20, 'the figures')
+    assert not browser.find_elements('css selector', '.modebar-btn[data-title^="Share"]')
