@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .latents import Dictionary, encode
 from .models import LM, autocast, batches, resid_post, tokenise, tokenise_all
-from .plots import View, escape
+from .plots import View, escape, hover
 
 # %% ../nbs/lib/13_cards.ipynb #cell-005
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class Card:
     def __repr__(self): return view(self).text
     @property
     def summary(self) -> str:
-        "One line, for a hover."
+        "A few lines, for a figure's hover."
         said = ' '.join(t.strip() for t, _ in self.likelier[:5])
         where = ''.join(self.found.passages[0].tokens).strip() if self.found.passages else 'never active here'
-        return f'latent {self.latent}: {where} | says: {said}'
+        return hover(f'latent {self.latent}: {where} | says: {said}')
 
 def _heat(token: str, value: float, peak: float) -> str:
     "A token on a ground as strong as the latent's activation; the number stands in its title."

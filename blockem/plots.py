@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARM_COLOURS', 'OTHER_COLOURS', 'DRAW', 'COLUMNS', 'CELL', 'SYMBOLS', 'PANELS', 'ROLES', 'REPORT', 'FORMATS',
-           'arm_colours', 'to_png', 'BlockemRenderer', 'curves', 'frontier', 'rates', 'View', 'escape', 'token_view',
-           'answers', 'report']
+           'arm_colours', 'to_png', 'BlockemRenderer', 'curves', 'frontier', 'rates', 'View', 'escape', 'hover',
+           'token_view', 'answers', 'report']
 
 # %% ../nbs/lib/08_plots.ipynb #cell-002
-import base64, html, io, itertools, json, re
+import base64, html, io, itertools, json, re, textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,7 @@ def arm_colours(
 def _template() -> go.layout.Template:
     "White, light grid, readable type, Okabe-Ito colours."
     axis = dict(showgrid=True, gridcolor='#E6E6E6', zeroline=False, showline=True, linecolor='#555', ticks='outside',
-                tickcolor='#555', automargin=True, exponentformat='power', title_font_size=14)
+                tickcolor='#555', automargin=True, exponentformat='power', title=dict(font_size=14, standoff=8))  # without standoff a title may stand on the tick labels
     title = dict(x=0, xref='paper', xanchor='left', y=0.97, yanchor='top', font_size=17, subtitle_font_size=13)
     return go.layout.Template(
         layout=dict(width=720, height=440, margin=dict(l=75, r=30, t=80, b=60), title=title, xaxis=axis, yaxis=axis,
@@ -136,10 +136,13 @@ def _faces(mark: dict, default, opacity: float) -> list: # of four numbers, one 
     return [tuple(c) for c in _scale(mark, colours).to_rgba(np.array(colours, float), alpha=opacity)]
 
 # %% ../nbs/lib/08_plots.ipynb #cell-022
-def _scale_bar(ax, scale):
-    "A colour scale at the right of its panel."
-    box = ax.get_position()
-    ax.figure.colorbar(scale, cax=ax.figure.add_axes([box.x1 + 0.02, box.y0, 0.02, box.height]))
+def _scale_bar(ax, scale, spec: dict, layout: dict):
+    "A colour scale at the right of its panel, and what it says."
+    box, font = ax.get_position(), _font(layout)
+    bar = ax.figure.colorbar(scale, cax=ax.figure.add_axes([box.x1 + 0.02, box.y0, 0.02, box.height]))
+    _ticks(bar.ax.yaxis, spec)
+    bar.ax.tick_params(labelsize=font['fontsize'])
+    bar.ax.set_title(_text((spec.get('title') or {}).get('text')), loc='left', **font)
 
 def _text(text) -> str:
     "Plotly's little HTML as plain lines; dollars are dollars, not mathematics."
@@ -230,7 +233,7 @@ def _draw_scatter(ax, t: dict, layout: dict):
     if 'text' in _mode(t): _labels(ax, t, _font(layout, t.get('textfont')))
     _errors(ax, t)
     mark = t.get('marker') or {}
-    if mark.get('showscale') or mark.get('coloraxis'): _scale_bar(ax, _scale(mark, mark['color']))
+    if mark.get('showscale') or mark.get('coloraxis'): _scale_bar(ax, _scale(mark, mark['color']), mark.get('colorbar') or {}, layout)
 
 # %% ../nbs/lib/08_plots.ipynb #cell-036
 def _lay_bars(traces: list, layout: dict):
@@ -249,6 +252,16 @@ def _lay_bars(traces: list, layout: dict):
             t['foot'][j] = feet.get(key, 0.)
             feet[key] = t['foot'][j] + lengths[j]
 
+# %% ../nbs/lib/08_plots.ipynb #2ae3000e
+def _stack(traces: list):
+    "Put every line of a stack group on the line before it."
+    tops = {}
+    for t in traces:
+        if not (group := t.get('stackgroup')): continue
+        t |= dict(y=t['y'] + tops.get(group, 0), fill='tonexty' if group in tops else 'tozeroy', mode=t.get('mode') or 'lines')
+        tops[group] = t['y']
+
+
 # %% ../nbs/lib/08_plots.ipynb #cell-038
 def _draw_bar(ax, t: dict, layout: dict):
     "Bars, upright or lying, with their error bars."
@@ -264,7 +277,7 @@ def _draw_heatmap(ax, t: dict, layout: dict):
     look = layout.get(t.get('coloraxis')) or t
     scale = _scale(look, t['z'])
     ax.pcolormesh(t['x'], t['y'], np.array(t['z'], float), shading='nearest', norm=scale.norm, cmap=scale.cmap)
-    if look.get('showscale', True): _scale_bar(ax, scale)
+    if look.get('showscale', True): _scale_bar(ax, scale, look.get('colorbar') or {}, layout)
 
 DRAW = dict(scatter=_draw_scatter, scattergl=_draw_scatter, bar=_draw_bar, heatmap=_draw_heatmap)
 
@@ -283,6 +296,7 @@ def _ticks(axis, spec: dict):
         return axis.set_minor_locator(NullLocator())
     if spec.get('dtick') and spec.get('type') != 'log': axis.set_major_locator(MultipleLocator(spec['dtick']))
     elif spec.get('nticks'): axis.set_major_locator(MaxNLocator(spec['nticks']))
+    elif spec.get('tickformat') and spec.get('type') != 'log': axis.set_major_locator(MaxNLocator('auto', steps=[1, 2, 5, 10]))  # plotly's steps: 2.5 % would be said as 2 %
     if any(spec.get(k) for k in ('tickformat', 'tickprefix', 'ticksuffix')):
         axis.set_major_formatter(FuncFormatter(lambda v, _: _label(spec, v)))
 
@@ -493,6 +507,7 @@ def _draw_traces(canvas: _Canvas, traces: list):
     for (x, y), group in itertools.groupby(sorted(traces, key=pair), pair):
         ax, before, group = _add_axes(canvas, x, y), None, list(group)
         _lay_bars([t for t in group if t['type'] == 'bar'], canvas.layout)
+        _stack(group)
         if all(t['type'].startswith('scatter') and _mode(t) == 'lines' for t in group): ax.margins(x=0)
         for t in group:
             DRAW[t['type']](ax, t | {'before': before}, canvas.layout)
@@ -530,6 +545,7 @@ class BlockemRenderer(pio.base_renderers.MimetypeRenderer):
     def to_mimebundle(self, fig_dict: dict) -> dict: # mime type -> data
         "Both faces of a figure."
         bundle = pio.base_renderers.PlotlyRenderer().to_mimebundle(fig_dict)
+        for face in bundle.values(): face['layout'].setdefault('height', pio.templates['blockem'].layout.height)  # JupyterLab reads no height from a template, and would make it 360
         return bundle | {'image/png': base64.b64encode(to_png(fig_dict)).decode()}
 
 pio.renderers['blockem'] = BlockemRenderer()
@@ -713,8 +729,12 @@ class View:
     def __repr__(self): return self.text
 
 def escape(text) -> str:
-    "Text as it is: no tags, and dollars that a notebook does not take for mathematics."
-    return html.escape(str(text)).replace('$', '<span>$</span>')
+    "Text as it is: no tags, and no dollar or backslash that a notebook takes for mathematics."
+    return re.sub(r'[$\\]', r'<span>\g<0></span>', html.escape(str(text)))
+
+def hover(text, width: int=70) -> str:
+    "Text for a figure's hover: as it is, in lines that fit into the figure."
+    return '<br>'.join(html.escape(line, quote=False) for line in textwrap.wrap(str(text), width))
 
 def _span(text: str, role: str) -> str:
     "Escaped text, coloured by role."

@@ -313,7 +313,7 @@ def whole_way(
 # %% ../nbs/04_reroute.ipynb #cell-042
 def patching_plot(
     patched: pd.DataFrame, # columns way, tokens, layer, value
-    said: dict={},         # (tokens, layer) -> an answer to show on hover
+    said: dict={},         # (tokens, layer) -> what to show on hover
 ) -> go.Figure:
     "Margins by layer and tokens: how much of the way from host to donor each patch goes."
     mean = patched[patched.way == 'repaired'].groupby(['tokens', 'layer']).value.mean().unstack('layer')
@@ -321,7 +321,7 @@ def patching_plot(
     text = [[said.get((tokens, layer), '') for layer in share] for tokens in share.index]
     fig = go.Figure(go.Heatmap(z=share, x=[str(c) for c in share], y=list(share.index), text=text, colorscale='RdBu', zmin=-1, zmax=1, colorbar=dict(title='share of<br>the way', tickformat='.0%'),
                                hovertemplate='block %{x}, %{y} tokens: %{z:.0%}<br>%{text}<extra></extra>'))
-    fig.update_xaxes(title='after block').update_yaxes(title='tokens patched')
+    fig.update_xaxes(title='after block', type='category').update_yaxes(title='tokens patched')
     return fig.update_layout(title_text="The base's states put into the blocked run", title_subtitle_text='{} prompts; 100 % is the base, {:+.3f} [{:+.3f}, {:+.3f}] nats per token away'.format(patched.id.nunique(), *whole_way(patched)))
 
 # %% ../nbs/04_reroute.ipynb #cell-047

@@ -53,7 +53,7 @@ class Worker:
             except Exception as e: self.failed(e)  # whoever asked is long gone, and the next wish may be answered
 
 # %% ../nbs/lib/09_widgets.ipynb #cell-008
-_BOX = 'style="min-height:6em;border:1px solid #bbb;border-radius:4px;padding:8px;white-space:pre-wrap;background:white;color:#111"'
+_BOX = 'style="min-height:6em;border:1px solid #bbb;border-radius:4px;padding:8px;white-space:pre-wrap;overflow-wrap:anywhere;background:white;color:#111"'
 
 def _panel(name: str, text: str, verdict: str='') -> str:
     "One model's answer as HTML; screen readers are told when it changes."
@@ -199,11 +199,11 @@ def slider_page(
     safe = json.dumps(data, ensure_ascii=False).replace('<', '\\u003c')  # no answer can end the script
     panels = ''.join(f'<div style="flex:1;min-width:14em"><strong>{escape(m)}</strong><div {_BOX} role="status" aria-live="polite"><span data-part="answer{i}"></span><br>'
                      f'<strong data-part="verdict{i}"></strong></div></div>' for i, m in enumerate(models))
-    live = (f'<div data-part="live" hidden><p><label>{group} <select data-part="group"></select></label> <label>prompt <select data-part="prompt" style="max-width:32em"></select></label></p>'
+    live = (f'<div data-part="live" hidden><p><label>{group} <select data-part="group"></select></label> <label>prompt <select data-part="prompt" style="max-width:min(32em,100%)"></select></label></p>'
             f'<p><label>{name} <input data-part="place" type="range" min="0" step="1" style="width:60%"></label> <output data-part="value"></output></p>'
             f'<div style="display:flex;gap:8px;flex-wrap:wrap">{panels}</div></div>')
     still = _still(found, models, groups[0], list(dict.fromkeys((places[0], start, places[-1]))), prompts[0], names, say)
-    return View(f'<div>{live}{still}<script type="application/json">{safe}</script><script>{_SCRIPT}</script></div>',
+    return View(f'<div class="tex2jax_ignore mathjax_ignore">{live}{still}<script type="application/json">{safe}</script><script>{_SCRIPT}</script></div>',
                 f'{len(answers)} answers: {group} {", ".join(map(str, groups))}, {len(places)} places along {name}')
 
 def alpha_page(

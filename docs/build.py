@@ -89,7 +89,7 @@ def site_data(data):
     "A figure that plotly.js draws in the page where there is one, else what the notebook saved for a static page."
     if PLOTLY in data:
         fig = io.to_html(data[PLOTLY], include_plotlyjs=False, full_html=False, auto_play=False, validate=False,
-                         config={'responsive': True}, default_height='450px')
+                         config={'responsive': True, 'showSendToCloud': False, 'displaylogo': False}, default_height='450px')
         return nbformat.NotebookNode({'text/html': fig})
     live = {k: v for k, v in data.items() if 'widget' not in k}
     return nbformat.NotebookNode({k: v for k, v in live.items() if 'image/png' not in live or k == 'image/png'})

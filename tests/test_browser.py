@@ -1,4 +1,5 @@
-"What a person sees and does, in headless Chromium: the sliders in JupyterLab, and the exported page where no kernel runs."
+"What a person sees and does, in headless Chromium: the sliders in JupyterLab, the exported page where no kernel runs, and the site."
+import importlib.util
 import os
 import shutil
 import socket
@@ -132,3 +133,30 @@ def test_exported_page_slides_without_a_kernel(browser, tmp_path):
     assert answer.text == 'base at +0.5' and slider.get_attribute('aria-valuetext') == 'strength +0.50'
     slider.send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert answer.text == 'base at -0.5'
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The rendered site."
+    spec = importlib.util.spec_from_file_location('docs_build', ROOT/'docs'/'build.py')
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    build.SITE = tmp_path_factory.mktemp('site')
+    build.build_site()
+    return build.SITE
+
+
+def test_site_fits_a_narrow_window(browser, site):
+    "Wide formulas, tables and code scroll in their own boxes, and the list of pages leaves room for the page."
+    browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=420, height=900, deviceScaleFactor=1, mobile=True))
+    for page in ('index.html', 'results.html', '04_reroute.html', 'lib/05_penalty.html'):
+        browser.get((site/page).as_uri())
+        assert browser.execute_script('return document.documentElement.scrollWidth') <= 420, page
+    assert browser.execute_script('return document.querySelector("main").getBoundingClientRect().top') < 450
+
+
+def test_no_button_of_the_site_sends_a_figure_elsewhere(browser, site):
+    "Plotly's own tools are there, but for the one that uploads."
+    browser.get((site/'lib/08_plots.html').as_uri())
+    _wait_for(lambda: browser.find_elements('css selector', '.modebar-btn'), 20, 'the figures')
+    assert not browser.find_elements('css selector', '.modebar-btn[data-title^="Share"]')
