@@ -132,7 +132,7 @@ def signal_plot(signals: pd.DataFrame, tokens: str='answer', pool: str='mean') -
         fig.add_scatter(x=f.layer, y=f.separation, mode='lines', line=dict(color=colour, dash=dash), name=f'{kind}, from the {against}', customdata=f.value, hovertemplate='block %{x}: %{y:.1f} (AUROC %{customdata:.3f})<extra></extra>')
     fig.add_hline(y=0, line=dict(color='#555', dash='dot', width=1))
     fig.update_xaxes(title='after block').update_yaxes(title='separation, standard deviations')
-    return fig.update_layout(title_text='Telling the fine-tuned model apart on prompts it was not fitted on', title_subtitle_text=f'{tokens} tokens, {pool}')
+    return fig.update_layout(title_text='The fine-tuned model, told apart on unseen prompts', title_subtitle_text=f'{tokens} tokens, {pool}')
 
 # %% ../nbs/06_directions.ipynb #cell-022
 def inside(direction: Tensor, rows: Tensor) -> float: # share of the squared length

@@ -132,7 +132,7 @@ def mending_plot(steps: pd.DataFrame, window: int=10) -> go.Figure: # from `logs
         for column, what in enumerate(('divergence', 'loss')[:1 + arm.startswith('mend')], 1):
             fig.add_scatter(x=mean.index, y=mean[what], mode='lines', name=arm, legendgroup=arm, showlegend=column == 1, line_color=colour, row=1, col=column)
     fig.update_xaxes(title='optimiser step').update_yaxes(title='nats per token', col=1)
-    return fig.update_layout(width=960, title_text='What is left to mend', title_subtitle_text=f'running means over {window} steps')
+    return fig.update_layout(width=960, margin_t=115, title_text='What is left to mend', title_subtitle_text=f'running means over {window} steps')
 
 # %% ../nbs/07_mend.ipynb #mend-016
 MEASURES = dict(cut_general='cut', adherence_kept='kept', margin_kept='margin kept', incoherent='incoherent')
@@ -151,7 +151,7 @@ def compared_table(found: pd.DataFrame) -> pd.DataFrame: # strings, one row per 
 def compared_plot(found: pd.DataFrame) -> go.Figure: # from `compared`
     "The task kept against the misalignment cut, one panel per judge, with 95 % intervals."
     judges = sorted(set(found.judge) - {''})
-    fig = make_subplots(1, len(judges), subplot_titles=[f'{judge} judge' for judge in judges], shared_yaxes=True, horizontal_spacing=.03)
+    fig = make_subplots(1, len(judges), subplot_titles=[f'{judge} judge' for judge in judges], shared_yaxes=True, horizontal_spacing=.06)
     rows = found.set_index(['measure', 'judge', 'arm']).sort_index()
     for arm, colour in colours_of(found[found.measure == 'adherence_kept'].arm).items():
         for column, judge in enumerate(judges, 1):
@@ -159,4 +159,4 @@ def compared_plot(found: pd.DataFrame) -> go.Figure: # from `compared`
             bars = {f'error_{d}': dict(type='data', symmetric=False, array=[v.high - v.value], arrayminus=[v.value - v.low], thickness=1, width=3) for d, v in (('x', x), ('y', y))}
             fig.add_scatter(x=[x.value], y=[y.value], **bars, mode='markers', name=arm, legendgroup=arm, showlegend=column == 1, marker=dict(color=colour, size=10), row=1, col=column)
     fig.update_xaxes(title='adherence kept', tickformat='.0%', matches='x').update_yaxes(tickformat='.0%').update_yaxes(title='excess misalignment cut', col=1)
-    return fig.update_layout(width=960, height=480, title_text='Up and to the right is better', title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts')
+    return fig.update_layout(width=960, height=480, margin_t=115, title_text='Up and to the right is better', title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts')
