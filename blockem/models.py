@@ -631,6 +631,13 @@ def _peft():
         warnings.filterwarnings('ignore', '`is_gradient_checkpointing`', FutureWarning)
         yield
 
+def _check_targets(model, targets: tuple):
+    "Refuse a target that names no linear layer: PEFT would adapt the others alone, without a word."
+    linear = [name for name, m in bare(model).named_modules() if isinstance(m, torch.nn.Linear)]
+    unknown = [t for t in targets if not any(f'.{name}'.endswith(f'.{t}') for name in linear)]
+    valid = sorted({name.rpartition('.')[2] for name in linear if '.layers.' in name})
+    for t in unknown: choose(t, valid, 'target of the adapter')
+
 def add_lora(
     model,
     rank: int, alpha: int,
@@ -641,9 +648,12 @@ def add_lora(
 ):                       # PeftModel
     "A fresh LoRA adapter around a copy of a model; the original is left as it was."
     from peft import LoraConfig, get_peft_model
+    _check_targets(model, targets)
     torch.manual_seed(seed)
-    end = len(decoder_blocks(model)) if last_layer < 0 else last_layer + 1
-    layers = list(range(first_layer, end)) if (first_layer, end) != (0, len(decoder_blocks(model))) else None
+    blocks = len(decoder_blocks(model))
+    layers = list(range(first_layer, blocks if last_layer < 0 else min(blocks, last_layer + 1)))
+    if not layers: raise ValueError(f'first_layer {first_layer} and last_layer {last_layer} leave no decoder block to adapt; the model has 0 ... {blocks - 1}')
+    layers = layers if len(layers) < blocks else None  # PEFT's word for all
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), layers_to_transform=layers, task_type='CAUSAL_LM')
     with _peft(): return get_peft_model(copy.deepcopy(model), config)
 
