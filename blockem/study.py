@@ -319,12 +319,16 @@ class Study:
     def offered(self,
         name: str,  # a file that an earlier stage offered
         stage: str, # the notebook that makes it
+        **made_of,  # what must have determined it
     ) -> Path:
-        "A file of an earlier stage; missing or changed, it stops with the stage to run."
+        "A file of an earlier stage; missing, changed or made of something else, it stops with the stage to run."
         manifest, path = self.folder/'manifest.json', self.folder/name
         known = json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}
         if name not in known: raise ValueError(f'{path} is missing; run {stage} with the same study folder first')
         if not path.is_file() or sha256(path) != known[name]['sha256']: raise ValueError(f'{path} is not what {stage} wrote; run {stage} again')
+        known = self.behind(name)
+        other = [f'{k} {known[k]!r}, not {v!r}' for k, v in made_of.items() if known.get(k, v) != v]
+        if other: raise ValueError(f'{path} was made with {"; ".join(other)}; run {stage} again with the same parameters as this, or take another study folder')
         return path
 
     def behind(self, name: str) -> dict: # parameters
