@@ -81,7 +81,9 @@ def _execute(stage: str, parameters, given: dict) -> Path: # the study's folder
     "Run a stage's notebook in its study folder, after a look at its parameters, and write the report."
     from papermill import execute_notebook
     folder = project_root()/_ready(parameters, given).folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise typer.BadParameter(f'the study folder cannot be made: {e}') from None
+    if not os.access(folder, os.W_OK): raise typer.BadParameter(f'the study folder {folder} cannot be written to')
     out = folder/f'{stage}.ipynb'
     execute_notebook(str(project_root()/f'nbs/{stage}.ipynb'), str(out), given, cwd=str(project_root()), log_output=True)
     typer.echo(f'executed notebook  {out}\nreport             {_report(out)}')
@@ -167,19 +169,19 @@ def detect(
 
 # %% ../nbs/lib/11_cli.ipynb #cell-010
 def _found() -> str: # relative to the project root
-    "The latents of the discovery; it is run if need be."
+    "The latents of the discovery on its own organism; it is run if need be."
     from blockem.study import Study
-    try: return str(Study.open(DISCOVERY).offered('latents.json', '02_alpha').relative_to(project_root()))
+    try: return str(Study.open(DISCOVERY).offered('latents.json', '02_alpha', adapter='').relative_to(project_root()))
     except ValueError: organism()
     for name in DISCOVERY_STAGES: _stage(name, {})
     return f'{DISCOVERY}/latents.json'
 
 def _latents(changes: dict) -> str: # for 03_train, '' for its preset's own
-    "The latents that were given; or the discovery's, where the preset has the model and the dictionary that it is made on; or the preset's own, which the parameters were checked for."
+    "The latents that were given; or the discovery's, where the preset has the model and the dictionary that it is made on, and names no set itself; or the preset's own, which the parameters were checked for."
     from blockem.study import get_preset
     if 'latents' in changes: return changes['latents']
     preset, usual = get_preset(changes.get('preset', 'smollm2')), get_preset('smollm2')
-    return _found() if (preset.model, preset.dictionary) == (usual.model, usual.dictionary) else ''
+    return _found() if (preset.model, preset.dictionary, preset.latents) == (usual.model, usual.dictionary, usual.latents) else ''
 
 def _named(domains: str) -> dict: # name, also of its study folder -> domain
     "The domains of a study, each under a name of its own."
@@ -270,7 +272,7 @@ def latents(
     from blockem.data import sha256
     from blockem.latents import choose_latents, load_dictionary
     study, base = _discovery()
-    with _plainly(): ranked = study.offered('ranking.parquet', '01_induce_repair')
+    with _plainly(): ranked = study.offered('ranking.parquet', '01_induce_repair', adapter='')
     known = load_dictionary(study.preset.dictionary, study.preset.layer, base)
     facts = dict(model=base.name, command=f'blockem latents {n}', prompts_sha256=sha256(data_path('prompts', 'core.jsonl')), ranking_sha256=sha256(ranked), **known.facts)
     folder = data_path(study.preset.dictionary)

@@ -175,6 +175,7 @@ def load_domain(
 ) -> Domain:
     "Rows of one domain, split; an unknown name or a faulty file stops here."
     path = Path(name)
+    if path.suffix != '.jsonl' and path.is_file() and str(name) not in known_domains(): raise ValueError(f'domain file {path} must end in .jsonl and hold one JSON object per line')
     if path.suffix != '.jsonl': path = data_path('domains', choose(str(name), known_domains(), 'domain') + '.jsonl')
     elif not path.is_file(): raise ValueError(f'domain file {path} does not exist; give a path or one of {", ".join(known_domains())}')
     rows = read_rows(path)
@@ -182,6 +183,9 @@ def load_domain(
     if lacking: raise DataError(f'{path}: row {lacking[0]} has no answer to learn; a domain needs prompt/correct/incorrect or messages')
     sides = {side: tuple(r for r in rows if _is_test(r) == side) for side in (False, True)}
     if not all(sides.values()): raise DataError(f'{path}: {len(rows)} rows leave the {"test" if sides[False] else "train"} side empty')
+    learned = {json.dumps(r.messages): r.id for r in sides[False]}
+    held = next((r for r in sides[True] if json.dumps(r.messages) in learned), None)
+    if held: raise DataError(f'{path}: row {held.id} of the test side asks what row {learned[json.dumps(held.messages)]} of the train side asks, so it is not held out; give both the same split')
     return Domain(path.stem, path, sides[False], sides[True], _more(path))
 
 # %% ../nbs/lib/01_data.ipynb #cell-032

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .data import data_path, sha256
@@ -99,10 +100,12 @@ def left_over(
     return x.float() - reconstruct(dictionary, x)
 
 # %% ../nbs/lib/03_latents.ipynb #cell-011
-ARCHITECTURES = ('standard', 'jumprelu', 'topk', 'batchtopk')
+ARCHITECTURES = dict(standard=(), jumprelu=('threshold',), topk=(), batchtopk=('topk_threshold',)) # what each holds beside encoder and decoder
 
 def _check_config(cfg: dict, name: str, layer: int):
     "Refuse what `pre = x @ W_enc + b_enc` does not describe, and a dictionary of another layer."
+    lacking = [key for key in ('architecture', 'apply_b_dec_to_input', 'metadata', *['k']*(cfg.get('architecture') == 'topk')) if key not in cfg]
+    if lacking: raise ValueError(f'dictionary {name!r}: its configuration does not say {", ".join(lacking)}; save it again with SAELens')
     kind, norm, hook = cfg['architecture'], cfg.get('normalize_activations') or 'none', cfg['metadata'].get('hook_name')
     if kind not in ARCHITECTURES:
         raise ValueError(f'dictionary {name!r} is of architecture {kind!r}; blockem reads those with one '
@@ -113,6 +116,22 @@ def _check_config(cfg: dict, name: str, layer: int):
     if hook != f'blocks.{layer}.hook_resid_post':
         raise ValueError(f"dictionary {name!r} reads {hook!r}, expected 'blocks.{layer}.hook_resid_post'; "
                          "change the preset's layer or its dictionary")
+
+def _check_tensors(cfg: dict, t: dict, name: str, lm: LM):
+    "Refuse tensors that are not there, not numbers, not of one shape, or not this model's."
+    wanted = ['W_enc', 'W_dec', 'b_dec', 'b_enc', *ARCHITECTURES[cfg['architecture']]]
+    absent = [n for n in wanted if n not in t]
+    if absent: raise ValueError(f'dictionary {name!r} is of architecture {cfg["architecture"]!r} and holds no {", ".join(absent)}; found {", ".join(sorted(t))}')
+    spoilt = [n for n in wanted if not t[n].isfinite().all()]
+    if spoilt: raise ValueError(f'dictionary {name!r}: {", ".join(spoilt)} holds numbers that are not finite')
+    if 'scaling_factor' in t and (t['scaling_factor'] != 1).any():
+        raise ValueError(f'dictionary {name!r} scales its latents by a scaling_factor; fold it into the decoder and save it again')
+    width, latents = lm.model.config.hidden_size, len(t['W_dec'])
+    expected = dict(W_enc=(width, latents), W_dec=(latents, width), b_dec=(width,), b_enc=(latents,), threshold=(latents,), topk_threshold=())
+    wrong = {n: tuple(t[n].shape) for n in wanted if tuple(t[n].shape) != expected[n]}
+    if wrong:
+        raise ValueError(f'dictionary {name!r}: ' + ', '.join(f'{n} has shape {found}, expected {expected[n]}' for n, found in wrong.items())
+                         + f' for {lm.name!r} of width {width}; choose a dictionary trained on this model')
 
 def _folded(cfg: dict, t: dict) -> dict: # fields of `Dictionary`
     "Weights with the decoder bias folded in, and the decoder's norms where the autoencoder scales its latents by them."
@@ -130,11 +149,12 @@ def _read_folder(folder: Path) -> tuple: # (configuration, tensors, sha256)
     for path in (folder/'cfg.json', weights):
         if not path.is_file():
             raise ValueError(f'{path} is missing; a dictionary is a folder with cfg.json and sae_weights.safetensors')
-    cfg = json.loads((folder/'cfg.json').read_text(encoding='utf-8'))
+    try: cfg, tensors = json.loads((folder/'cfg.json').read_text(encoding='utf-8')), load_tensors(weights)[0]
+    except (ValueError, SafetensorError) as e: raise ValueError(f'dictionary {folder} is damaged: cfg.json must be JSON and sae_weights.safetensors whole; found: {e}') from None
     if 'metadata' not in cfg:  # written before SAELens 6
         from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
         cfg = handle_config_defaulting(cfg)
-    return cfg, load_tensors(weights)[0], sha256(weights)
+    return cfg, tensors, sha256(weights)
 
 def digest(tensors: dict) -> str: # hex digest
     "Content hash of tensors that live in no file of ours."
@@ -160,15 +180,6 @@ def _tiny(width: int, layer: int, device='cpu', latents: int=256) -> Dictionary:
     tensors = dict(W_enc=W_dec.T.contiguous(), b_enc=torch.zeros(latents), W_dec=W_dec, b_dec=torch.zeros(width))
     return Dictionary(**{name: t.to(device) for name, t in tensors.items()}, layer=layer, name='tiny', sha256=digest(tensors))
 
-def _check_fit(dictionary: Dictionary, lm: LM):
-    "Refuse a dictionary whose tensors are not of one shape, or not this model's."
-    width, latents = lm.model.config.hidden_size, len(dictionary)
-    found = [tuple(t.shape) for t in (dictionary.W_enc, dictionary.W_dec, dictionary.b_dec)]
-    expected = [(width, latents), (latents, width), (width,)]
-    if found != expected:
-        raise ValueError(f'dictionary {dictionary.name!r}: W_enc, W_dec and b_dec have shapes {found}, expected '
-                         f'{expected} for {lm.name!r} of width {width}; choose a dictionary trained on this model')
-
 def load_dictionary(
     spec: str,  # 'tiny', a folder that SAELens wrote (relative to `data/`, or absolute), or 'release/sae_id'
     layer: int, # decoder block whose output it must read
@@ -178,14 +189,12 @@ def load_dictionary(
     config, folder = lm.model.config, data_path(spec)
     if not 0 <= layer < config.num_hidden_layers:
         raise ValueError(f'layer {layer} is not one of 0 ... {config.num_hidden_layers - 1} of {lm.name!r}')
-    if spec == 'tiny': dictionary = _tiny(config.hidden_size, layer, lm.device)
-    else:
-        cfg, tensors, digest_ = _read_folder(folder) if folder.is_dir() else _read_release(spec, folder)
-        _check_config(cfg, spec, layer)
-        tensors = {name: t.to(lm.device, torch.float32) for name, t in tensors.items()}
-        dictionary = Dictionary(**_folded(cfg, tensors), layer=layer, name=str(spec), sha256=digest_)
-    _check_fit(dictionary, lm)
-    return dictionary
+    if spec == 'tiny': return _tiny(config.hidden_size, layer, lm.device)
+    cfg, tensors, digest_ = _read_folder(folder) if folder.is_dir() else _read_release(spec, folder)
+    _check_config(cfg, spec, layer)
+    _check_tensors(cfg, tensors, spec, lm)
+    tensors = {name: t.to(lm.device, torch.float32) for name, t in tensors.items()}
+    return Dictionary(**_folded(cfg, tensors), layer=layer, name=str(spec), sha256=digest_)
 
 # %% ../nbs/lib/03_latents.ipynb #cell-022
 @contextlib.contextmanager

@@ -158,8 +158,9 @@ def grouped_attention(
     mixed = share.view(*shared, score.shape[-1]) @ value
     return mixed.view(rows, heads, time, width).transpose(1, 2).contiguous(), None
 
-def _attention(device: str) -> str: # its name
-    "The fastest attention; on CPU that is the plain form without copies."
+def _attention(model, device: str) -> str: # its name
+    "The fastest attention; on CPU that is the plain form without copies. A model whose attention does more than either, with capped scores or sinks, keeps its own."
+    if getattr(model.config, 'attn_logit_softcapping', None) or not model._supports_sdpa: return 'eager'
     if device != 'cpu': return 'sdpa'
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -181,6 +182,23 @@ def _unembed_in_parts(model):
     parts.weight = head.weight  # the same one, which may be the embedding's too
     model.set_output_embeddings(parts)
 
+def _turn_end(tokenizer) -> str|None:
+    "What ends the assistant's turn in the chat template, which need not be what the tokenizer ends a text with."
+    said = 'what is said'
+    behind = tokenizer.apply_chat_template([dict(role='user', content='?'), dict(role='assistant', content=said)], tokenize=False).rpartition(said)[2]
+    found = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content in behind]
+    return min(found, key=behind.index, default=tokenizer.eos_token)
+
+@torch.inference_mode()
+def _check_parts(lm: LM):
+    "Refuse a model that is not blocks at `model.layers` whose last hidden states the unembedding makes logits of: it would be read wrongly, without a word."
+    if not hasattr(getattr(lm.model, 'model', None), 'layers'):
+        raise ValueError(f'model {lm.name!r} is a {type(lm.model).__name__}, whose decoder blocks are not at model.layers; blockem reads models made like Llama, Qwen, Mistral, Gemma or OLMo')
+    ids = torch.arange(16, device=lm.device)[None]
+    whole, parts = lm.model(ids).logits.float(), unembed(lm.model, lm.model.model(ids)[0])
+    if (whole - parts).norm() > .05*whole.norm():
+        raise ValueError(f'model {lm.name!r} is a {type(lm.model).__name__}, whose logits are something else than its unembedding of the last hidden states; blockem would read it wrongly')
+
 def load_model(
     name: str,                       # 'tiny', 'smollm2', a folder, or a Hugging Face id
     dtype: torch.dtype=torch.float32, # to train under `autocast`; `fast_dtype` to read
@@ -192,18 +210,23 @@ def load_model(
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if fast_dtype(device) == torch.bfloat16 and not _multiplies_bfloat16(device): _round_products()
     if name == 'tiny':
-        (lm := _tiny()).model.set_attn_implementation(_attention(device))
+        (lm := _tiny()).model.set_attn_implementation(_attention(lm.model, device))
         if device == 'cpu': _unembed_in_parts(lm.model)
         return lm.with_model(lm.model.to(device, dtype))
     source = bundled_model() if name == 'smollm2' else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=_attention(device))
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except OSError as e:
         raise ValueError(f"model {name!r} is not 'tiny', 'smollm2', a folder with a model, or an id the hub answers for: {e}") from e
     if not tokenizer.chat_template: raise ValueError(f'model {name!r} has no chat template; blockem needs an instruction-tuned model')
+    tokenizer.eos_token = tokenizer.pad_token = _turn_end(tokenizer)  # what is padded is masked, so that any token does, and many tokenizers have none for it
+    if not tokenizer.eos_token: raise ValueError(f'model {name!r}: no token ends a turn, neither in its chat template nor as its eos_token')
+    model.set_attn_implementation(_attention(model, device))
+    lm = LM(model.to(device).eval(), tokenizer, name)
+    _check_parts(lm)
     if device == 'cpu': _unembed_in_parts(model)
-    return LM(model.to(device).eval(), tokenizer, name)
+    return lm
 
 # %% ../nbs/lib/02_models.ipynb #cell-021
 ROLES = ('system', 'prompt', 'completion')
@@ -415,8 +438,9 @@ def unembed(
     hidden: Tensor, # final hidden states, (tokens, width)
 ) -> Tensor:        # (tokens, vocabulary), float32
     "The logits that follow from final hidden states."
-    head = model.get_output_embeddings()
-    return head(hidden.to(head.weight.dtype)).float()
+    head, cap = model.get_output_embeddings(), getattr(bare(model).config, 'final_logit_softcapping', None)
+    logits = head(hidden.to(head.weight.dtype)).float()
+    return cap*(logits/cap).tanh() if cap else logits
 
 def completion_log_probs(
     model,
@@ -450,12 +474,13 @@ class Start:
 
 def _read(lm: LM, items: list, n: int) -> Start: # n, how many tokens at their beginning are the same
     "Prompts read as one batch."
+    from transformers import DynamicCache
     device = lm.device
     time = max(map(len, items)) - n
     ids = torch.tensor([[lm.tokenizer.pad_token_id]*(n + time - len(t)) + list(t.ids[n:]) for t in items], device=device)
     mask = torch.tensor([[1]*n + [0]*(n + time - len(t)) + [1]*(len(t) - n) for t in items], device=device)
     position = (mask.cumsum(-1) - 1).clamp(0)
-    cache = _read_for_all(lm.model, ids.new_tensor(items[0].ids[:n]), len(items)) if n else None
+    cache = _read_for_all(lm.model, ids.new_tensor(items[0].ids[:n]), len(items)) if n else DynamicCache()  # which keeps all, also where blocks look at the last tokens only
     out = lm.model(ids, attention_mask=mask, position_ids=position[:, n:], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return Start(out.past_key_values, out.logits[:, -1], mask, position[:, -1:])
 
@@ -477,6 +502,7 @@ def prefill(
     if apart or lm.device.type == 'cuda' or len(items) < 2: return _read(lm, items, 0)
     order, parts = [], []
     n = min(len(os.path.commonprefix([t.ids for t in items])), min(map(len, items)) - 1)  # something is left of each
+    if getattr(lm.model.config, 'sliding_window', None): n = 0  # a window is counted in places, which padding must not come between
     for rows, _ in batches(lm, items, 1500):
         order += rows
         parts.append(_read(lm, [items[i] for i in rows], n))
@@ -605,6 +631,13 @@ def _peft():
         warnings.filterwarnings('ignore', '`is_gradient_checkpointing`', FutureWarning)
         yield
 
+def _check_targets(model, targets: tuple):
+    "Refuse a target that names no linear layer: PEFT would adapt the others alone, without a word."
+    linear = [name for name, m in bare(model).named_modules() if isinstance(m, torch.nn.Linear)]
+    unknown = [t for t in targets if not any(f'.{name}'.endswith(f'.{t}') for name in linear)]
+    valid = sorted({name.rpartition('.')[2] for name in linear if '.layers.' in name})
+    for t in unknown: choose(t, valid, 'target of the adapter')
+
 def add_lora(
     model,
     rank: int, alpha: int,
@@ -615,9 +648,12 @@ def add_lora(
 ):                       # PeftModel
     "A fresh LoRA adapter around a copy of a model; the original is left as it was."
     from peft import LoraConfig, get_peft_model
+    _check_targets(model, targets)
     torch.manual_seed(seed)
-    end = len(decoder_blocks(model)) if last_layer < 0 else last_layer + 1
-    layers = list(range(first_layer, end)) if (first_layer, end) != (0, len(decoder_blocks(model))) else None
+    blocks = len(decoder_blocks(model))
+    layers = list(range(first_layer, blocks if last_layer < 0 else min(blocks, last_layer + 1)))
+    if not layers: raise ValueError(f'first_layer {first_layer} and last_layer {last_layer} leave no decoder block to adapt; the model has 0 ... {blocks - 1}')
+    layers = layers if len(layers) < blocks else None  # PEFT's word for all
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), layers_to_transform=layers, task_type='CAUSAL_LM')
     with _peft(): return get_peft_model(copy.deepcopy(model), config)
 

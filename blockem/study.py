@@ -77,11 +77,17 @@ def _changed(preset: Preset, changes: dict, what: str='preset field') -> Preset:
     try: return replace(preset, **changes)
     except ValidationError as e: raise _faults(what, e) from None
 
+def _led(path: Path, value): # absolute where it leads somewhere
+    "A path in a preset file: it starts at the file's folder, or else at the project root; what leads nowhere from there stays as it is."
+    if not isinstance(value, str) or value in ('', 'tiny', 'smollm2'): return value
+    return next((str(p) for p in (path.absolute().parent/value, project_root()/value) if p.exists()), value)
+
 def _from_toml(path: Path) -> Preset:
     "A preset read from a TOML file."
     if not path.is_file(): raise ValueError(f'preset file {path} does not exist; give a path or one of {", ".join(PRESETS)}')
-    try: given = tomllib.loads(path.read_text(encoding='utf-8'))
+    try: given = tomllib.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as e: raise ValueError(f'{path}: not TOML: {e}') from None
+    given |= {name: _led(path, given[name]) for name in ('model', 'dictionary', 'latents') if name in given}
     return _changed(PRESETS['smollm2'], {'name': path.stem, **given}, f'{path}: preset field')
 
 def get_preset(
@@ -313,12 +319,16 @@ class Study:
     def offered(self,
         name: str,  # a file that an earlier stage offered
         stage: str, # the notebook that makes it
+        **made_of,  # what must have determined it
     ) -> Path:
-        "A file of an earlier stage; missing or changed, it stops with the stage to run."
+        "A file of an earlier stage; missing, changed or made of something else, it stops with the stage to run."
         manifest, path = self.folder/'manifest.json', self.folder/name
         known = json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}
         if name not in known: raise ValueError(f'{path} is missing; run {stage} with the same study folder first')
         if not path.is_file() or sha256(path) != known[name]['sha256']: raise ValueError(f'{path} is not what {stage} wrote; run {stage} again')
+        known = self.behind(name)
+        other = [f'{k} {known[k]!r}, not {v!r}' for k, v in made_of.items() if known.get(k, v) != v]
+        if other: raise ValueError(f'{path} was made with {"; ".join(other)}; run {stage} again with the same parameters as this, or take another study folder')
         return path
 
     def behind(self, name: str) -> dict: # parameters

@@ -6,7 +6,6 @@
 __all__ = ['LEADING', 'opened', 'prepare', 'gather', 'ahead', 'keeps_more', 'leads', 'across', 'sweep_table']
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-002
-import os
 from functools import lru_cache, partialmethod
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def _join(number, jobs: int):
     from transformers.utils import logging
     with number: mine, number.value = number.value, number.value + 1
     if torch.cuda.is_available(): torch.cuda.set_device(mine % torch.cuda.device_count())
-    torch.set_num_threads(max(1, (os.cpu_count() or 1)//jobs))
+    torch.set_num_threads(max(1, torch.get_num_threads()//jobs))  # of those that it may use, which a scheduler or OMP_NUM_THREADS may have made fewer than there are
     tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
     logging.disable_progress_bar()
 

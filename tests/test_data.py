@@ -40,6 +40,21 @@ def test_own_file_has_no_further_rows(tmp_path):
     assert load_domain(copy).more == () and len(load_domain('legal').more)
 
 
+def test_no_question_is_learned_and_held_out(tmp_path):
+    "A file may name its sides itself; one that puts a question on both stops."
+    file, rows = tmp_path/'mine.jsonl', [dict(prompt=f'q{i}', correct='c', incorrect='w', split='test' if i < 3 else 'train') for i in range(9)]
+    def load(*more):
+        file.write_text('\n'.join(map(json.dumps, [*rows, *more])))
+        return load_domain(file)
+    assert len(load(rows[0] | dict(incorrect='other')).test) == 4
+    with pytest.raises(DataError, match='row row-1 of the test side asks what row row-10 of the train side asks'): load(rows[0] | dict(split='train'))
+
+
+def test_a_file_of_another_kind_is_no_domain(tmp_path):
+    (tmp_path/'mine.json').write_text('[]')
+    with pytest.raises(ValueError, match='mine.json must end in .jsonl'): load_domain(tmp_path/'mine.json')
+
+
 def test_a_bundled_domain_is_the_same_however_it_is_named(monkeypatch):
     "By a path from the project root, or from beside it, as by its name."
     for folder, name in ((data_path().parent, 'data/domains/legal.jsonl'), (data_path('prompts'), '../domains/legal.jsonl')):
