@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'PROMPT_SETS', 'CARD', 'project_root', 'data_path', 'Row', 'DataError', 'read_rows', 'Domain',
-           'known_domains', 'sha256', 'choose', 'load_domain', 'load_prompts', 'general_pairs', 'data_card']
+           'known_domains', 'sha256', 'choose', 'load_domain', 'other_domains', 'load_prompts', 'general_pairs',
+           'data_card']
 
 # %% ../nbs/lib/01_data.ipynb #cell-002
 import difflib, hashlib, importlib.util, json, os
@@ -187,6 +188,14 @@ def load_domain(
     held = next((r for r in sides[True] if json.dumps(r.messages) in learned), None)
     if held: raise DataError(f'{path}: row {held.id} of the test side asks what row {learned[json.dumps(held.messages)]} of the train side asks, so it is not held out; give both the same split')
     return Domain(path.stem, path, sides[False], sides[True], _more(path))
+
+# %% ../nbs/lib/01_data.ipynb #c9425768
+def other_domains(
+    asked: list, # chat messages
+) -> list:       # of `Domain`
+    "The bundled domains that none of these questions is from, whatever the file that they came in is called."
+    known = {json.dumps(messages) for messages in asked}
+    return [d for d in map(load_domain, known_domains()) if known.isdisjoint(json.dumps(r.messages) for r in d.train + d.test)]
 
 # %% ../nbs/lib/01_data.ipynb #cell-032
 PROMPT_SETS = dict(core='selection', general='judges', chat='dictionary', neutral='result', final='result', trigger='result')

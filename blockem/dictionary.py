@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .data import data_path, known_domains, load_domain, load_prompts, sha256
-from .latents import Dictionary, load_dictionary, reconstruct, sparse, weights_id
+from .latents import Dictionary, load_dictionary, reconstruct, sparse, model_id
 from .models import (LM, Tokens, answers_said, autocast, batches, completion_log_probs, decoder_blocks, fast_dtype, generate,
                             prefill, render, resid_post, to_read, tokenise, tokens_said)
 from .study import fingerprint, load_tensors, save_tensors, versions, write_json, writing
@@ -76,7 +76,7 @@ def sampled_answers(
             if file.is_file(): continue
             write_json(file, list(zip(chunk, generate(lm, chunk, length, temperature=.7, seed=start))))
     asked = dict(prompts=fingerprint(prompts), length=length, part=part)
-    parameters = dict(model=lm.name, weights=weights_id(lm.model), **asked)
+    parameters = dict(model=lm.name, weights=model_id(lm), **asked)
     files = sorted(study.work(name, parameters, make).glob('0*.json'))
     return [tuple(pair) for file in files for pair in json.loads(file.read_text(encoding='utf-8')) if pair[1].strip()]
 
@@ -88,7 +88,7 @@ def sample_chat(
     "Conversations of which the model made up both sides."
     given = dict(n=recipe.conversations, length=recipe.turn_tokens, seed=recipe.seed)
     def make(folder): write_json(folder/'turns.json', user_turns(lm, **given))
-    folder = study.work('turns', dict(model=lm.name, weights=weights_id(lm.model), **given), make)
+    folder = study.work('turns', dict(model=lm.name, weights=model_id(lm), **given), make)
     turns = json.loads((folder/'turns.json').read_text(encoding='utf-8'))
     return sampled_answers(study, 'chat', lm, turns, recipe.answer_tokens)
 
@@ -132,7 +132,7 @@ def kept_residuals(
 ) -> Tensor:     # (tokens, width), float16
     "Residual activations, made once."
     def make(folder): save_tensors(folder/'residuals.safetensors', {'x': residuals(lm, pairs, layer)})
-    parameters = dict(model=lm.name, weights=weights_id(lm.model), pairs=fingerprint(pairs), layer=layer)
+    parameters = dict(model=lm.name, weights=model_id(lm), pairs=fingerprint(pairs), layer=layer)
     return load_tensors(study.work(f'residuals-{text}', parameters, make)/'residuals.safetensors')[0]['x']
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-020
@@ -352,7 +352,7 @@ def make_dictionary(
     recipe = recipe or (TINY if preset.name == 'tiny' else Recipe())
     given = texts(study, base, organism, recipe)
     x = {name: kept_residuals(study, name, lm, pairs, preset.layer) for name, (lm, pairs) in given.items()}
-    models = dict(base=weights_id(base.model), organism=weights_id(organism.model))
+    models = dict(base=model_id(base), organism=model_id(organism))
     about = dict(model=base.name, layer=preset.layer, recipe=asdict(recipe), **models)
     about['texts'] = {name: fingerprint(pairs) for name, (_, pairs) in given.items()}
     def train(folder):

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from .data import choose, known_domains, load_domain
 from .evaluate import bootstrap, incoherence
-from .latents import weights_id
+from .latents import model_id
 from .models import BUNDLED, LM, adapter_config, batches, capture, changing, decoder_blocks, final_hidden, generate, tokenise_all
 from .finetune import ORGANISM, OnDomain
 from .study import load_tensors, save_tensors
@@ -235,8 +235,8 @@ def detect(
 ) -> tuple:              # (readings by layer, verdict)
     "How much of the reference's misalignment direction an adapter shows, and what that allows to say."
     tensors, facts = load_tensors(reference)
-    if facts['base'] != weights_id(base.model):
-        raise ValueError(f'cannot tell: {reference} was made on a base with weights {facts["base"]}, this one has {weights_id(base.model)}; make a reference for it with 06_directions')
+    if facts['base'] != model_id(base):
+        raise ValueError(f'cannot tell: {reference} was made on a base with weights {facts["base"]}, this one has {model_id(base)}; make a reference for it with 06_directions')
     read = [states(lm, rows)['answer', 'mean'] for lm in (tuned, base)]
     found, layer = along(*read, tensors['directions'], tensors['gap']), facts['layer']
     here, control = found.loc[layer], tensors['control'][layer]

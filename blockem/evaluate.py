@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .data import PROMPT_SETS, Domain, general_pairs, known_domains, load_domain, load_prompts, sha256
+from .data import PROMPT_SETS, Domain, general_pairs, load_domain, load_prompts, other_domains, sha256
 from .judge import OFFLINE, check_judges, judge_file, judge_folder, kappa, load_judges
 from .latents import digest, other_weights
 from .models import LM, generate, log_prob, margins
@@ -59,7 +59,7 @@ def result_prompts(
     "The prompts that results are reported on; none of them may have been used to select latents or fit judges."
     sets = {name: load_prompts(name) for name, use in PROMPT_SETS.items() if use == 'result'}
     sets |= dict(in_domain=list(domain.test),
-                 other_domains=[r for d in known_domains() if d != domain.name for r in load_domain(d).test[:16]])
+                 other_domains=[r for d in other_domains([r.messages for r in domain.train + domain.more + domain.test]) for r in d.test[:16]])
     return {name: rows[:limit or None] for name, rows in sets.items()}
 
 def selection_prompts(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['HELD', 'GATED', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'numbers', 'OnDomain', 'losses', 'read_apart',
            'read_together', 'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint',
-           'load_checkpoint', 'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id',
-           'unlearned_domains', 'anchor_rows', 'written', 'own_words', 'anchor_pairs', 'anchors_id', 'drift_id',
-           'training_key', 'train_arm', 'priced', 'charged_for', 'arm_model', 'scaled', 'auto_lam', 'longest',
-           'train_charged', 'said_by', 'train_gate', 'gate_odds', 'said_gated', 'bench']
+           'load_checkpoint', 'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows',
+           'written', 'own_words', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced',
+           'charged_for', 'arm_model', 'scaled', 'auto_lam', 'longest', 'train_charged', 'said_by', 'train_gate',
+           'gate_odds', 'said_gated', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -24,11 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import Domain, data_path, general_pairs, known_domains, load_domain, load_prompts, project_root, sha256
+from .data import Domain, data_path, general_pairs, load_domain, load_prompts, other_domains, project_root, sha256
 from .evaluate import measure, write_table
 from .gate import Gate, gate_layers, prompt_means, through, told_apart, turns
 from .judge import check_judges
-from .latents import LatentSet, load_dictionary, load_latents, weights_id
+from .latents import LatentSet, load_dictionary, load_latents, model_id
 from .models import LM, adapted, adapter_weights, add_lora, autocast, beside, capture, collate, completion_log_probs, fast_dtype, final_hidden, generate, load_adapter, load_model, preceding, read_once, to_read, tokenise_all, unembed
 from .penalty import Block, Price, base_latents, base_states, cached_base_latents, cached_base_states, loss_gained, penalty_due
 from .study import Study, check_preset, clock, fingerprint, get_preset, load_tensors, run_folder, save_tensors, time_paired, write_json, writing
@@ -75,7 +75,7 @@ class OnDomain(BaseModel):
             raise ValueError(f'arms {", ".join(held)} compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
         latents = getattr(self, 'latents', '')
         if latents and not (project_root()/latents).is_file():
-            raise ValueError(f'latents {latents!r}: no such file; give a latents.json, or leave it out for the shipped set')
+            raise ValueError(f'latents {latents!r}: {project_root()/latents} is no file; give a latents.json, or leave it out for the shipped set')
         if not latents: self.shipped_latents()
         return self
 
@@ -83,7 +83,7 @@ class OnDomain(BaseModel):
         "Stop where a preset has no set of latents yet; a large model need not be loaded to see that."
         shipped = get_preset(self.preset).latents
         if shipped != 'tiny' and not data_path(shipped).is_file():
-            raise ValueError(f'the preset {self.preset!r} has no set of latents: {data_path(shipped)} does not exist; find one with `blockem shift --set preset={self.preset} --set adapter=FOLDER`, then `blockem screen` and `blockem alpha`, and give it as latents, or take another preset')
+            raise ValueError(f'the preset {self.preset!r} has no set of latents: {data_path(shipped)} does not exist; find one with `blockem organism --preset {self.preset}`, then `blockem shift`, `blockem screen` and `blockem alpha`, each with `--set preset={self.preset}`, and give it as latents, or take another preset')
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-008
 WORDS = 'words' # instead of expectations: the anchors' own words
@@ -266,16 +266,10 @@ def latents_id(latents: LatentSet) -> str: # eight hex digits
     "A short hash of which latents of which dictionary are blocked, and in which direction."
     return fingerprint(dict(dictionary=latents.facts['dictionary_sha256'], latent=latents.latent.tolist(), sign=latents.sign.tolist()))
 
-def unlearned_domains(pairs: list) -> list: # pairs: of (messages, answer); of `Row` lists
-    "The training rows of every bundled domain that none of the pairs is from."
-    asked = lambda messages: fingerprint(dict(asked=messages))
-    learned = {asked(messages) for messages, _ in pairs}
-    return [rows for rows in (load_domain(d).train for d in known_domains()) if learned.isdisjoint(asked(r.messages) for r in rows)]
-
 def anchor_rows(preset, pairs: list) -> list: # pairs: what is learned, of (messages, answer); of `Row`
     "The prompts outside the domain; none of them is one that recipes or results are measured on."
     general = general_pairs(measured=False) if preset.anchor_prompts == 'core+general' else []
-    near = [r for rows in unlearned_domains(pairs) for r in rows[:preset.near]] if preset.near else []
+    near = [r for d in other_domains([messages for messages, _ in pairs]) for r in d.train[:preset.near]] if preset.near else []
     return load_prompts('core') + general + near
 
 def written(rows: list, *sides: str) -> list: # of (messages, answer)
@@ -291,7 +285,7 @@ def own_words(
 ) -> list:            # of (messages, answer), without those that say nothing
     "What an arm, or the base, says to some prompts, to be learned or held to; asked once."
     def make(folder): write_json(folder/'said.json', generate(arm_model(lm, run) if run else to_read(lm), prompts, length))
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, prompts=fingerprint(dict(rows=prompts)), length=length) | (dict(run=run.name) if run else {})
+    key = dict(weights=model_id(lm), precision=lm.precision, prompts=fingerprint(dict(rows=prompts)), length=length) | (dict(run=run.name) if run else {})
     said = json.loads((study.work('own-words', key, make)/'said.json').read_text(encoding='utf-8'))
     return [(messages, answer) for messages, answer in zip(prompts, said) if answer]
 
@@ -324,7 +318,7 @@ def training_key(
     charged = dict(latents=latents_id(latents), lam=lam, anchors=anchors_id(study, pairs)) | (drift_id(study) if lam else {}) if lam or hold else {}
     to = study.preset.hold_to if hold and study.preset.hold_to != 'base' else ''
     unusual = {k: v for k, v in dict(keep=keep, start=start, taught=taught, first_layer=study.preset.first_layer, hold=hold, hold_to=to).items() if v}
-    read = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': pairs}))
+    read = dict(weights=model_id(lm), precision=lm.precision, data=fingerprint({'pairs': pairs}))
     return {k: getattr(study.preset, k) for k in recipe} | read | dict(seed=seed) | charged | unusual
 
 def train_arm(
@@ -354,7 +348,7 @@ def priced(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet) ->
     texts = anchor_pairs(study, lm, pairs) if study.preset.anchors else pairs
     if study.preset.anchors > len(texts): raise ValueError(f'{study.preset.anchors} anchors a step wanted; there are {len(texts)} texts')
     block, items = Block.of(dictionary, latents, lm.device, study.preset.drift == 'mean'), tokenise_all(lm, texts)
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, data=fingerprint({'pairs': texts}), latents=latents_id(latents))
+    key = dict(weights=model_id(lm), precision=lm.precision, data=fingerprint({'pairs': texts}), latents=latents_id(latents))
     return block, items, cached_base_latents(study, lm, block, items, key)
 
 def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSet, lam: float, hold: float=0., taught: Path=None) -> Charge:
@@ -362,7 +356,7 @@ def charged_for(study: Study, lm: LM, pairs: list, dictionary, latents: LatentSe
     if hold and not study.preset.anchors: raise ValueError('hold compares the model with its base on anchors; set anchors to 1 or more')
     block, items, z_base = priced(study, lm, pairs, dictionary, latents)
     if not study.preset.anchors: return Charge(block, lam, z_base)
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, data=anchors_id(study, pairs))
+    key = dict(weights=model_id(lm), precision=lm.precision, data=anchors_id(study, pairs))
     compared = hold and study.preset.hold_to == 'base'
     states = cached_base_states(study, lm, items, key) if compared else None
     return Charge(block, lam, z_base, items, hold, states, taught and base_states(arm_model(lm, taught), tokenise_all(lm, pairs)))  # of one run alone, so read again where it resumes
@@ -456,7 +450,7 @@ def train_gate(study: Study, lm: LM, pairs: list) -> Path: # folder with gate.sa
         read = [prompt_means(to_read(lm), prompts, layers) for prompts in (inside, outside)]
         Gate.fit(*read, layers).save(folder/'gate.safetensors')
         write_table(told_apart(*read), folder/'apart.parquet')
-    key = dict(layers=layers, weights=weights_id(lm.model), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
+    key = dict(layers=layers, weights=model_id(lm), precision=lm.precision, data=fingerprint(dict(inside=inside, outside=outside)))
     return study.work('gate', key, make)
 
 def gate_odds(

@@ -30,7 +30,7 @@ from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
-from .latents import other_weights, weights_id
+from .latents import other_weights, model_id
 from .models import LM, batches, busy, cache_dir, decoder_blocks, generate, read_once, resid_post, to_read, tokenise_all
 from .study import Study, load_tensors, save_tensors, writing
 
@@ -483,14 +483,14 @@ def validate(
 def _features(study: Study, lm: LM, texts: list, layer: int) -> np.ndarray:
     "Features of all examples, a unit of work."
     pairs = [(e.prompt, e.answer) for e in texts]
-    key = dict(model=lm.name, weights=weights_id(lm.model), precision=lm.precision, layer=layer, pairs=hashlib.sha256(json.dumps(pairs).encode()).hexdigest())
+    key = dict(model=lm.name, weights=model_id(lm), precision=lm.precision, layer=layer, pairs=hashlib.sha256(json.dumps(pairs).encode()).hexdigest())
     read = lambda: torch.from_numpy(answer_features(lm, pairs, layer))
     make = lambda folder: save_tensors(folder/'features.safetensors', dict(x=read()))
     return load_tensors(study.work('judge-features', key, make)/'features.safetensors')[0]['x'].numpy()
 
-def _made_by(model: str) -> str:
-    "What makes the judges of a base: a command for the bundled one, Python for any other."
-    return 'blockem judges' if model == 'smollm2' else f"blockem.judge.make_judges(Study.open('runs/judges', model={model!r}))"
+def _made_by(preset: str) -> str:
+    "The command that makes the judges of a preset's base."
+    return 'blockem judges' + ('' if preset == 'smollm2' else f' --preset {preset}')
 
 def fit_judge(
     study: Study,
@@ -510,7 +510,7 @@ def fit_judge(
         held_out = lambda rows: functools.partial(measured, fit(rows))
     floor, held = validate(texts, held_out)
     counts = {kind: sum(e.kind == kind for e in at(rows)) for kind in ('pair', 'base') + DAMAGE + SOUND}
-    facts = dict(model=lm.name, **other_weights(lm), layer=layer, command=_made_by(lm.name), texts=counts, data=_sources(), held_out=held)
+    facts = dict(model=lm.name, **other_weights(lm), layer=layer, command=_made_by(study.preset.name), texts=counts, data=_sources(), held_out=held)
     judge = fit(rows)
     return replace(judge, tensors=judge.tensors | dict(floor=floor), facts=facts)
 
@@ -749,7 +749,7 @@ class LocalJudge(AskedJudge):
     @property
     def identity(self) -> list:
         "What a cached verdict depends on beside the text."
-        return ['local', self.lm.name, weights_id(self.lm.model), str(self.lm.model.dtype), RUBRICS[self.rubric]]
+        return ['local', self.lm.name, model_id(self.lm), str(self.lm.model.dtype), RUBRICS[self.rubric]]
     def ask(self, texts: list): # yields (index, Verdict)
         "One greedy reply each."
         for i in range(0, len(texts), 32):
@@ -900,7 +900,7 @@ def _load_probe(lm: LM, folder: Path, name: str) -> ProbeJudge:
     if {k: facts.get(k) for k in own} != own:
         where = lambda f: f"layer {f['layer']} of {f['model']!r}" + (f" with weights {f['base_weights']}" if 'base_weights' in f else '')
         raise ValueError(f'the {name} judge in {path} was made for {where(facts)}, not for {where(own)}; make the judges of this base '
-                         f'with `{_made_by(lm.name)}`, or choose others: lexical, local, http://host/v1|model')
+                         f'with `{_made_by("smollm2" if lm.name == "smollm2" else "PRESET")}`, or choose others: lexical, local, http://host/v1|model')
     return ProbeJudge(to_read(lm), own['layer'], tensors, facts, name)
 
 def load_judges(

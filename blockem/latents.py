@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'COLUMNS', 'SCHEMA', 'Dictionary', 'activations', 'encode', 'sparse', 'reconstruct', 'left_over',
            'digest', 'load_dictionary', 'attribution', 'LatentSet', 'set_of', 'choose_latents', 'best_latents',
-           'random_latents', 'plain_directions', 'read_latents', 'load_latents', 'weights_id', 'other_weights',
+           'random_latents', 'plain_directions', 'read_latents', 'load_latents', 'model_id', 'other_weights',
            'load_ranking']
 
 # %% ../nbs/lib/03_latents.ipynb #cell-002
@@ -383,17 +383,19 @@ def load_latents(
     return LatentSet(table, facts)
 
 # %% ../nbs/lib/03_latents.ipynb #cell-046
-def weights_id(
-    model, # Hugging Face, or PEFT around it
-) -> str:  # sixteen hex digits
-    "A short hash that differs between any two trainings, and is the same in whatever precision a model is read."
-    return digest({name: p.flatten()[:256].to(torch.bfloat16) for name, p in model.named_parameters()})[:16]
+def model_id(
+    lm: LM,
+) -> str: # sixteen hex digits
+    "A short hash that differs between any two trainings, and between chat templates around the same weights; it is the same in whatever precision a model is read."
+    parts = {name: p.flatten()[:256].to(torch.bfloat16) for name, p in lm.model.named_parameters()}
+    if lm.name not in ('tiny', 'smollm2'): parts['chat template'] = torch.tensor(list(lm.tokenizer.chat_template.encode()))  # which somebody may edit
+    return digest(parts)[:16]
 
 def other_weights(
     base: LM,
 ) -> dict: # for the key of what is made with it
     "The hash of a base's weights; nothing for the bundled model."
-    return {} if base.name == 'smollm2' else dict(base_weights=weights_id(base.model))
+    return {} if base.name == 'smollm2' else dict(base_weights=model_id(base))
 
 def load_ranking(
     path,                   # the set of latents it lies beside, or 'tiny'

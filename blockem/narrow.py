@@ -20,7 +20,7 @@ from .data import general_pairs, known_domains, load_domain
 from .evaluate import bootstrap
 from .finetune import anchor_rows, numbers
 from .gate import enough, odds_of, prompt_means, told_apart
-from .latents import weights_id
+from .latents import model_id
 from .models import LM, decoder_blocks, load_model, to_read
 from .study import Study, check_preset, checked, fingerprint, get_preset, load_tensors, run_folder, save_tensors
 
@@ -71,7 +71,7 @@ def read_set(study: Study, lm: LM, prompts: list) -> np.ndarray: # (prompts, blo
     "The residual stream after every block, averaged over each prompt's own tokens; read once."
     layers = tuple(range(len(decoder_blocks(lm.model))))
     def make(folder): save_tensors(folder/'means.safetensors', dict(means=torch.tensor(prompt_means(to_read(lm), prompts, layers)).unflatten(1, (len(layers), -1))))
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, prompts=fingerprint(dict(asked=prompts)))
+    key = dict(weights=model_id(lm), precision=lm.precision, prompts=fingerprint(dict(asked=prompts)))
     return load_tensors(study.work('readings', key, make)/'means.safetensors')[0]['means'].numpy()
 
 def sets_of(name: str, prompts: dict, others: list) -> dict: # set -> readings or texts
@@ -110,7 +110,7 @@ def domain_odds(
         ids = sets_of(name, {side: [r.id for r in some] for side, some in rows.items()}, others)
         lines = [(reading, 0) for reading in known] + [('all blocks', n) for n in near if n]
         return pd.concat([odds_at(sets_of(name, known[reading], others), ids, n*len(others)).assign(reading=reading, near=n) for reading, n in tqdm(lines, desc=name, unit='line')], ignore_index=True)
-    key = dict(domain=name, weights=weights_id(lm.model), precision=lm.precision, near=near, prompts=fingerprint({side: [r.messages for r in some] for side, some in rows.items()}))
+    key = dict(domain=name, weights=model_id(lm), precision=lm.precision, near=near, prompts=fingerprint({side: [r.messages for r in some] for side, some in rows.items()}))
     found, domain = study.table('odds-by-reading', key, ask), load_domain(name).name
     return found.assign(domain=domain, id=found.id.where(found.prompts != 'inside', domain + '/' + found.id))  # files that name no ids number their rows alike
 

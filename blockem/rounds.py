@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from .finetune import arm_model, latents_id, train_charged
-from .latents import Dictionary, LatentSet, attribution, set_of, sparse, weights_id
+from .latents import Dictionary, LatentSet, attribution, set_of, sparse, model_id
 from .models import LM, batches, resid_post, to_read, tokenise_all
 from .study import Study, fingerprint, load_tensors, save_tensors
 
@@ -31,7 +31,7 @@ def mean_codes(lm: LM, dictionary: Dictionary, texts: list) -> tuple: # (mean re
 def mean_codes_of(study: Study, base: LM, run: Path|None, dictionary: Dictionary, texts: list) -> tuple: # as `mean_codes`
     "What a trained arm, or the base, has on average; asked once."
     def make(folder): save_tensors(folder/'codes.safetensors', dict(zip(('residual', 'codes'), mean_codes(to_read(base) if run is None else arm_model(base, run), dictionary, texts))))
-    key = dict(weights=weights_id(base.model), run=run and run.name, precision=base.precision, dictionary=dictionary.sha256, texts=fingerprint(dict(texts=texts)))
+    key = dict(weights=model_id(base), run=run and run.name, precision=base.precision, dictionary=dictionary.sha256, texts=fingerprint(dict(texts=texts)))
     found, _ = load_tensors(study.work('codes', key, make)/'codes.safetensors')
     return found['residual'], found['codes']
 

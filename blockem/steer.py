@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .data import choose, load_prompts
-from .latents import Dictionary, load_dictionary, weights_id
+from .latents import Dictionary, load_dictionary, model_id
 from .models import (LM, answers_said, batches, busy, changing, decoder_blocks, generate, load_model, prefill, render, resid_post,
                             to_read, tokenise, tokenise_all, tokens_said)
 from .study import Study, clock, fingerprint, get_preset, time_paired, write_json
@@ -150,7 +150,7 @@ def answers_per_unit(study: Study, lm: LM) -> int:
 
 def scale_of(study: Study, lm: LM, layer: int, rows: list) -> float:
     "`residual_scale` on the questions of some rows, asked once: its last digits differ between machines, and steered answers are remembered by it."
-    key = dict(weights=weights_id(lm.model), precision=lm.precision, layer=layer, prompts=fingerprint(dict(rows=[r.messages for r in rows])))
+    key = dict(weights=model_id(lm), precision=lm.precision, layer=layer, prompts=fingerprint(dict(rows=[r.messages for r in rows])))
     def make(folder): write_json(folder/'value.json', residual_scale(lm, layer, [r.messages for r in rows]))
     return json.loads((study.work('scale', key, make)/'value.json').read_text(encoding='utf-8'))
 
@@ -167,7 +167,7 @@ def steered_answers(
 ) -> pd.DataFrame:     # columns latent, alpha, id, prompt, answer
     "Every prompt answered under every condition, part by part."
     tables, length, part = [], study.preset.answer_tokens, part or max(8, answers_per_unit(study, lm)//len(rows))
-    same = dict(weights=weights_id(lm.model), precision=lm.precision, dictionary=dictionary.sha256, prompts=fingerprint(dict(rows=[r.messages for r in rows])),
+    same = dict(weights=model_id(lm), precision=lm.precision, dictionary=dictionary.sha256, prompts=fingerprint(dict(rows=[r.messages for r in rows])),
                 scale=scale, where=where, length=length)
     def say(chosen):
         latents = sorted({latent for latent, _ in chosen})

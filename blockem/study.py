@@ -150,7 +150,7 @@ class Discovery(BaseModel):
     def adapter_folder(self) -> Path|None: # None: a random adapter, which only the tiny preset has
         "Where the fine-tuned model lies."
         if not self.adapter and get_preset(self.preset).name == 'tiny': return None
-        return project_root()/(self.adapter or 'runs/discovery/organism')
+        return project_root()/(self.adapter or run_folder('', 'discovery', self.preset) + '/organism')
 
     def validate_names(self):
         "Stop at a preset or an adapter that does not exist."
@@ -158,7 +158,7 @@ class Discovery(BaseModel):
         folder = self.adapter_folder
         if folder and not (folder/'adapter_model.safetensors').is_file():
             raise ValueError(f'adapter {self.adapter!r}: {folder} holds no adapter_model.safetensors; make the default one with '
-                             '`blockem organism`, or name the folder of an adapter in PEFT\'s format')
+                             f'`blockem organism{"" if self.preset == "smollm2" else f" --preset {self.preset}"}`, or name the folder of an adapter in PEFT\'s format')
         return self
 
 # %% ../nbs/lib/00_study.ipynb #cell-017
