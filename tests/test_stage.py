@@ -108,7 +108,7 @@ def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
     found = dict(preset='llama31-8b', latents='data/sae/smollm2-l18/latents.json')  # that it is another model's shows once the dictionary is there
     assert checked(reroute.Parameters, found | dict(arms='blocked')).arm_list == ['blocked']
     assert checked(Parameters, found).arm_list == ('base', 'sft', 'correct', 'blocked', 'gate')
-    assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate')
+    assert checked(Parameters, {}).arm_list == ('base', 'sft', 'correct', 'hold', 'gate', 'gate+hold')
     assert checked(Parameters, dict(arms='gate+hold')).arm_list == ('base', 'sft', 'hold', 'gate', 'gate+hold')
 
 
