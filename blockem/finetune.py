@@ -75,7 +75,7 @@ class OnDomain(BaseModel):
             raise ValueError(f'arms {", ".join(held)} compare with the base on anchors, and the preset {self.preset!r} has none; set its anchors, or leave these arms out')
         latents = getattr(self, 'latents', '')
         if latents and not (project_root()/latents).is_file():
-            raise ValueError(f'latents {latents!r}: {project_root()/latents} is no file; give a latents.json, or leave it out for the shipped set')
+            raise ValueError(f'latents {latents!r}: no such file, looked for at {project_root()/latents}; give a latents.json, or leave it out for the shipped set')
         if not latents: self.shipped_latents()
         return self
 
