@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['START', 'METHODS', 'TINY', 'CHOSEN', 'STYLE', 'MARKS', 'Method', 'within', 'Parameters', 'asked', 'Trial',
            'misalignment_directions', 'whole_stream', 'outside_of', 'by_attribution', 'train_free', 'train_method',
-           'said_in', 'tried', 'points', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier', 'beside_own',
-           'frontier_table', 'frontier_plot', 'finding']
+           'said_in', 'ask_base', 'tried', 'points', 'run', 'tasks', 'prepare_point', 'incoherent', 'frontier',
+           'beside_own', 'frontier_table', 'frontier_plot', 'finding']
 
 # %% ../nbs/05_compare.ipynb #cell-003
 from dataclasses import dataclass, field, replace
@@ -212,6 +212,10 @@ def said_in(t: Trial, name: str, setting: float, seed: int) -> tuple: # as `said
     if METHODS[name].arm != 'gate': return said_by(t.study, t.lm, folder, *asked)
     return said_gated(replace(t.study, preset=replace(t.study.preset, gate=setting)), t.lm, folder, train_free(t, seed), *asked)
 
+def ask_base(t: Trial) -> tuple: # as `said_by`
+    "What the base says; asked first, as what is wrong with a judge should show before anything is trained."
+    return said_by(t.study, t.lm, None, selection_prompts(t.domain), t.judges)
+
 def tried(names) -> list: # of (method, setting)
     "All settings of some methods."
     return [(name, setting) for name in names for setting in METHODS[name].values]
@@ -225,7 +229,8 @@ def run(t: Trial, seeds: dict) -> tuple: # (answers, likelihoods); arm is 'base'
     everyone, tables = sorted({s for some in seeds.values() for s in some}), []
     def add(said, seed, arm): tables.append([table.assign(arm=arm, seed=seed) for table in said])
     for seed in everyone:
-        for arm, folder in (('base', None), ('sft', train_free(t, seed))): add(said_by(t.study, t.lm, folder, selection_prompts(t.domain), t.judges), seed, arm)
+        add(ask_base(t), seed, 'base')
+        add(said_by(t.study, t.lm, train_free(t, seed), selection_prompts(t.domain), t.judges), seed, 'sft')
     for name, setting, seed in tqdm(points(seeds), desc='methods', unit='run'): add(said_in(t, name, setting, seed), seed, f'{name} {setting:g}')
     return tuple(pd.concat(some, ignore_index=True) for some in zip(*tables))
 
@@ -235,7 +240,9 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 
 def prepare_point(given: dict, name: str, setting: float, seed: int):
     "Train and ask one method at one setting, into the study's folder, where the notebook finds the work done."
-    said_in(opened(Trial, asked(given)), name, setting, seed)
+    t = opened(Trial, asked(given))
+    ask_base(t)
+    said_in(t, name, setting, seed)
 
 # %% ../nbs/05_compare.ipynb #cell-018
 def incoherent(answers: pd.DataFrame) -> pd.DataFrame: # arm, judge, measure, value, low, high, n

@@ -143,7 +143,9 @@ def tasks(given: dict) -> list: # for `sweep.prepare`
 
 def prepare_run(given: dict, arm: str, seed: int):
     "Train one long run, into the study's folder, where the notebook finds the work done."
-    long_run(opened(LongRuns, asked(given)), arm, seed)
+    long = opened(LongRuns, asked(given))
+    said_after(long, 'base', seed, 0)  # first: what is wrong with a judge shows before anything is trained
+    long_run(long, arm, seed)
 
 def prepare_look(given: dict, arm: str, seed: int, n: int):
     "Ask one of its adapters."

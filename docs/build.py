@@ -81,6 +81,8 @@ def build_readme():
         IMAGES.mkdir(exist_ok=True)
         (ROOT/name).write_bytes(content)
     text = re.sub(r'```\n\s*```\n|[ \t]+$', '', re.sub(r'```python\s*```\n', '', text), flags=re.M)
+    titles = iter(o.data[PLOTLY]['layout']['title']['text'] for c in nbformat.read(NBS/'index.ipynb', 4).cells for o in c.get('outputs', []) if PLOTLY in o.get('data', {}))
+    text = re.sub(r'!\[png\]', lambda _: f'![{next(titles)}]', text)  # for readers who cannot see it
     (ROOT/'README.md').write_text(re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', encoding='utf-8')
 
 

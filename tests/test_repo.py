@@ -3,6 +3,7 @@ import ast, json, re, shutil, socket, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
+import nbformat
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -105,6 +106,15 @@ def test_readme_links_exist():
     prose = re.sub(r'```.*?```|`[^`\n]+`', '', (ROOT/'README.md').read_text(encoding='utf-8'), flags=re.S)
     links = re.findall(r'(?:\]\(|(?:src|href)=")(?![a-z]+:|#)([^)\s"#]+)', prose)
     assert not [link for link in links if not (ROOT/link).exists()]
+
+
+def test_links_between_notebooks_lead_to_a_heading():
+    "JupyterLab and the site keep a heading's capitals in its address."
+    cells = {p: nbformat.read(p, 4).cells for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    places = {p: {h.strip().replace(' ', '-') for c in some if c.cell_type == 'markdown' for h in re.findall(r'^#+ (.*)$', c.source, flags=re.M)} for p, some in cells.items()}
+    links = [(p, file, place) for p, some in cells.items() for c in some for file, place in re.findall(r'\]\(([\w/.-]*\.ipynb)?#([^)\s]+)\)', c.source)]
+    assert len(links) > 5
+    assert not [link for link in links if link[2] not in places[(link[0].parent/link[1]).resolve() if link[1] else link[0]]]
 
 
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make on the PATH')
