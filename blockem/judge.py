@@ -30,7 +30,7 @@ from sklearn.preprocessing import normalize
 from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
-from .latents import other_weights, model_id
+from .latents import model_id, other_weights
 from .models import LM, batches, busy, cache_dir, decoder_blocks, generate, read_once, resid_post, to_read, tokenise_all
 from .study import Study, load_tensors, save_tensors, writing
 

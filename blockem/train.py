@@ -245,22 +245,21 @@ def dialled(
     judged = pd.concat([answers[answers.arm.isin(['base', 'sft'])], *said], ignore_index=True)
     return contrasts(judged, pd.DataFrame(dict(prompts=[]))).drop(columns='arm')
 
-def dial(answers: pd.DataFrame, odds: pd.Series, preset) -> pd.DataFrame: # way, least, judge, measure, value, low, high, n
-    "Every threshold of the ways that a run has the answers for, those of the preset among them."
+def dial(answers: pd.DataFrame, odds: pd.Series, preset) -> pd.DataFrame: # way, least, usual, judge, measure, value, low, high, n
+    "Every threshold of the ways that a run has the answers for; usual is the preset's own."
     ways = dict(gate=preset.gate) | ({'gate+hold': preset.sure} if 'hold' in set(answers.arm) else {})
     points = [(way, least) for way, own in ways.items() for least in sorted({*DIALLED[way], own})]
-    return pd.concat([dialled(answers, odds, way != 'gate', least).assign(way=way, least=least) for way, least in points], ignore_index=True)
+    return pd.concat([dialled(answers, odds, way != 'gate', least).assign(way=way, least=least, usual=least == ways[way]) for way, least in points], ignore_index=True)
 
-def dial_plot(found: pd.DataFrame, preset, prompts: str='trigger') -> go.Figure: # from `dial`
+def dial_plot(found: pd.DataFrame, prompts: str='trigger') -> go.Figure: # from `dial`
     "What is cut against what is kept of the task, a line through the thresholds of each way, one panel per judge."
-    judges, own = sorted(found.judge.unique()), {'gate': preset.gate, 'gate+hold': preset.sure}
+    judges = sorted(found.judge.unique())
     fig = make_subplots(1, len(judges), subplot_titles=[f'{judge} judge' for judge in judges], shared_yaxes=True, horizontal_spacing=.03)
     for (way, judge), rows in found.groupby(['way', 'judge'], sort=False):
         kept, cut = (rows[rows.measure == measure].set_index('least') for measure in ('adherence_kept', f'cut_{prompts}'))
-        mine = kept.index == own[way]
-        bars = lambda f: dict(type='data', symmetric=False, array=np.where(mine, f.high - f.value, 0), arrayminus=np.where(mine, f.value - f.low, 0), thickness=1, width=0)
+        bars = lambda f: dict(type='data', symmetric=False, array=np.where(f.usual, f.high - f.value, 0), arrayminus=np.where(f.usual, f.value - f.low, 0), thickness=1, width=0)
         fig.add_scatter(x=kept.value, y=cut.value, error_x=bars(kept), error_y=bars(cut), text=[f'{least:g}' for least in kept.index], textposition='bottom left' if way == 'gate' else 'top right', textfont_size=10,
-                        mode='lines+markers+text', marker_size=np.where(mine, 11, 5), line_color=ARM_COLOURS[way], name=way, legendgroup=way, showlegend=judge == judges[0],
+                        mode='lines+markers+text', marker_size=np.where(kept.usual, 11, 5), line_color=ARM_COLOURS[way], name=way, legendgroup=way, showlegend=judge == judges[0],
                         hovertemplate='%{text}: kept %{x:.0%}, cut %{y:.0%}', row=1, col=judges.index(judge) + 1)
     fig.update_xaxes(title='adherence kept', tickformat='.0%').update_yaxes(tickformat='.0%').update_yaxes(title=f'excess cut, {prompts} prompts', col=1)
     return fig.update_layout(width=960, height=480, title_text='What the threshold trades', title_subtitle_text=f'n = {found.n.min()}-{found.n.max()} prompts; bars at the preset\'s thresholds: 95 % intervals')
