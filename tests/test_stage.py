@@ -145,6 +145,11 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
     effects = pd.read_parquet(tmp_path/'study_contrasts.parquet')
     assert set(effects.domain) == {'legal', 'health', 'all'} and set(effects.arm) == {'hold', 'gate', 'blocked', 'random'}
     assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}
+    from blockem.sweep import across
+    verdicts = pd.read_parquet(tmp_path/'study_verdicts.parquet')
+    again = across(verdicts, pd.DataFrame(dict(prompts=[])))  # all but the margins are in the verdicts
+    pd.testing.assert_frame_equal(again, effects[effects.judge != ''].reset_index(drop=True))
+    assert verdicts.odds.notna().all()
 
 
 def test_rerouting_is_read_again_without_its_adapters(tmp_path):
