@@ -302,7 +302,7 @@ def frontier_plot(found: pd.DataFrame) -> go.Figure: # from `frontier`
             fig.add_scatter(x=x.value, y=y.value, mode='lines+markers', name=name, legendgroup=name, showlegend=not column, row=1, col=column + 1, text=text,
                             line=dict(color=colour, width=1), marker=dict(color=colour, size=9, symbol=mark), hovertemplate=f'{name}<br>%{{text}}<extra>{group}</extra>')
     fig.update_xaxes(title='adherence kept', tickformat='.0%', range=[0, 1.3]).update_yaxes(tickformat='.0%', range=[-.15, 1.05]).update_yaxes(title='excess misalignment cut', col=1)
-    return fig.update_layout(title_text='What keeps misalignment out, and what it costs: up and to the right is better', width=1080, height=900, margin_t=115, legend_font_size=11, legend_tracegroupgap=0,
+    return fig.update_layout(title_text='What keeps misalignment out, and what it costs: up and to the right is better', width=960, height=1100, margin_t=115, legend=dict(orientation='h', y=-.08, entrywidth=215, font_size=11, tracegroupgap=0),
                              title_subtitle_text=f'{int(found.n.min())}-{int(found.n.max())} prompts; filled marks stand on {int(found.seeds.max())} seeds, open ones on one; intervals on hover')
 
 # %% ../nbs/05_compare.ipynb #cell-026
