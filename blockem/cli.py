@@ -298,12 +298,13 @@ def take_outputs(
     executed: Path, # a notebook as papermill left it
     source: Path,   # the one it was run from; gets the outputs
 ):
-    "Copy the outputs of a run into the notebook it was run from; refuses when the two have drifted apart."
+    "Copy the outputs of a run into the notebook it was run from; refuses when the two have drifted apart, or when the run did not come to its end."
     import nbformat
     run, notebook = nbformat.read(executed, 4), nbformat.read(source, 4)
     cells = [c for c in run.cells if 'injected-parameters' not in c.metadata.get('tags', [])]
     if [c.source for c in cells] != [c.source for c in notebook.cells]:
-        raise ValueError(f'{source} has changed since {executed} was run; run it again')
+        raise ValueError(f'{source} has changed since {executed} was run, or the run failed; run it again')
+    if any(c.cell_type == 'code' and c.source.strip() and c.execution_count is None for c in cells): raise ValueError(f'{executed} did not run to its end; run it again')
     for old, new in zip(notebook.cells, cells):
         if old.cell_type != 'code': continue
         old.execution_count, old.outputs = new.execution_count, [o for o in new.outputs if _worth_keeping(o)]
@@ -333,10 +334,11 @@ def _publish_tables(study: Path, names: dict, behind: str='') -> list: # names: 
     for table, target in targets.items(): _take(study/f'{table}.parquet', data_path('results', target))
     return [f'data/results/{target}' for target in targets.values()]
 
-def _publish_latents(study: Path):
+def _publish_latents(study: Path) -> list: # what was written
     "Copy the latents that a discovery ended with, and their ranking, to a folder beside their dictionary, where 03_train can be given them."
     target = data_path(json.loads((study/'latents.json').read_text())['dictionary'])/'causal'
     for name in ('latents.json', 'ranking.parquet'): _take(study/name, target/name)
+    return [str(target/name) for name in ('latents.json', 'ranking.parquet')]
 
 REFERENCE_CARD = """# The reference direction of {model}
 
@@ -348,22 +350,25 @@ The direction of misalignment after every block, how far a model fine-tuned on b
 | {file} | `{sha256}` |
 """
 
-def _publish_reference(study: Path):
-    "Copy the reference that a run of 06_directions ended with to data/directions, with its card."
+def _publish_reference(study: Path) -> list: # what was written
+    "Copy the reference that a run of 06_directions ended with to data/directions, where `detect` looks, with its card; of another base than the bundled one beside that, not over it."
     from blockem.data import sha256
     from blockem.study import load_tensors, writing
     _, facts = load_tensors(study/'reference.safetensors')
-    target = data_path('directions', f'{facts["model"]}.safetensors')
+    target = data_path('directions', f'{Path(facts["model"]).name}.safetensors')
+    card = target.with_suffix('.md') if facts['model'] != 'smollm2' else target.with_name('README.md')
     _take(study/'reference.safetensors', target)
-    with writing(target.with_name('README.md')) as p: p.write_text(REFERENCE_CARD.format(study=os.path.relpath(study, project_root()), file=target.name, sha256=sha256(target), **facts), encoding='utf-8')
+    with writing(card) as p: p.write_text(REFERENCE_CARD.format(study=os.path.relpath(study, project_root()), file=target.name, sha256=sha256(target), **facts), encoding='utf-8')
+    return [str(target), str(card)]
 
 def _publish_stage(study: Path, stage: str) -> list: # what was written
     "Take over the outputs of a stage, its tables, and what else it leaves for others."
     take_outputs(study/f'{stage}.ipynb', project_root()/'nbs'/f'{stage}.ipynb')
-    if stage == '02_alpha': _publish_latents(study)
-    if stage == '03_train': _take(study/'run.json', data_path('results', '03_train.json'))
-    if stage == '06_directions': _publish_reference(study)
-    return [f'nbs/{stage}.ipynb', *_publish_tables(study, TABLES.get(stage, {}))]
+    more = _publish_latents(study) if stage == '02_alpha' else _publish_reference(study) if stage == '06_directions' else []
+    if stage == '03_train':
+        _take(study/'run.json', data_path('results', '03_train.json'))
+        more = ['data/results/03_train.json']
+    return [f'nbs/{stage}.ipynb', *more, *_publish_tables(study, TABLES.get(stage, {}))]
 
 @app.command()
 def publish(

@@ -37,16 +37,16 @@ def bootstrap(
     draws: int=2000,
     seed: int=0,
 ) -> tuple:              # (value, low, high)
-    "A statistic with its 95 % percentile interval over prompts, nan where there are none; columns stay paired."
+    "A statistic with its 95 % percentile interval over prompts, nan where there are none, or where it is not defined; columns stay paired."
     columns = np.atleast_2d(np.asarray(columns, dtype=float))
     if not columns.shape[1]: return (np.nan,)*3
     index = np.random.default_rng(seed).integers(0, columns.shape[1], (draws, columns.shape[1]))
-    values = [statistic(*columns[:, i]) for i in index]
-    return float(statistic(*columns)), *map(float, np.nanpercentile(values, [2.5, 97.5]))
+    values = [v for i in index if (v := statistic(*columns[:, i])) == v]  # not nan
+    return float(statistic(*columns)), *(map(float, np.percentile(values, [2.5, 97.5])) if values else (np.nan, np.nan))
 
 def by_judge(rows: pd.DataFrame) -> str: # rows: one per judge, with value, low and high
-    "A share with its interval by each judge, in the order of their names, for reading."
-    return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge', kind='stable').itertuples())
+    "A share with its interval by each judge, in the order of their names, for reading; a dash where it is not defined."
+    return ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' if r.value == r.value else '–' for r in rows.sort_values('judge', kind='stable').itertuples())
 
 # %% ../nbs/lib/07_evaluate.ipynb #cell-008
 SHOWN = ('general', 'final', 'trigger', 'in_domain')      # generated and judged

@@ -33,7 +33,7 @@ class Dictionary:
     b_dec: Tensor               # (width,)
     layer: int                  # it reads the output of this decoder block, 0-based
     name: str                   # what it was asked for as
-    sha256: str                 # of its weights
+    sha256: str                 # of its weights, and of what its configuration makes of them where that is unusual
     threshold: Tensor|None=None # (latents,) JumpReLU: smaller pre-activations do not count for its own reconstruction
     k: int=0                    # TopK: how many latents its own reconstruction keeps per token
     neuronpedia: str=''         # where its latents have pages, 'model/dictionary'; '' where they have none
@@ -143,6 +143,12 @@ def _folded(cfg: dict, t: dict) -> dict: # fields of `Dictionary`
                 k=cfg['k'] if cfg['architecture'] == 'topk' else 0, neuronpedia=cfg['metadata'].get('neuronpedia_id') or '')
 
 # %% ../nbs/lib/03_latents.ipynb #cell-012
+def _identity(cfg: dict, weights: str) -> str: # weights: the sha256 of their file; a sha256
+    "What tells one dictionary from another: its weights, and where the configuration has them read otherwise than most do, also how."
+    usual = dict(apply_b_dec_to_input=True, rescale_acts_by_decoder_norm=False) | (dict(k=0) if cfg.get('architecture') == 'topk' else {})
+    unusual = {name: cfg[name] for name, value in usual.items() if cfg.get(name, value) != value}
+    return hashlib.sha256(json.dumps([weights, unusual]).encode()).hexdigest() if unusual else weights
+
 def _read_folder(folder: Path) -> tuple: # (configuration, tensors, sha256)
     "A dictionary saved by SAELens, read without it."
     weights = folder/'sae_weights.safetensors'
@@ -154,7 +160,7 @@ def _read_folder(folder: Path) -> tuple: # (configuration, tensors, sha256)
     if 'metadata' not in cfg:  # written before SAELens 6
         from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
         cfg = handle_config_defaulting(cfg)
-    return cfg, tensors, sha256(weights)
+    return cfg, tensors, _identity(cfg, sha256(weights))
 
 def digest(tensors: dict) -> str: # hex digest
     "Content hash of tensors that live in no file of ours."

@@ -142,7 +142,7 @@ def test_hostile_replies_are_missing_never_scores(server, body):
 @pytest.mark.parametrize('status', [400, 413, 422])
 def test_a_refused_request_is_missing_without_retry(server, status):
     server.reply = lambda *_: (status, b'too long', {})
-    assert grade(server)[0].why == f'HTTP {status}' and len(server.seen) == 1
+    assert grade(server)[0].why == f'HTTP {status}: too long' and len(server.seen) == 1
 
 
 @pytest.mark.parametrize('status', [401, 402, 403, 404, 405, 302])
@@ -163,6 +163,33 @@ def test_a_key_that_is_repeated_reaches_neither_verdict_nor_cache(server, monkey
     grade(server, key_env='MY_KEY')
     assert not [p for p in (tmp_path/'cache').rglob('*') if p.is_file() and KEY.encode() in p.read_bytes()]
     assert KEY not in repr(ChatJudge(server.url, 'm', key_env='MY_KEY'))
+
+
+@pytest.mark.parametrize('status', [200, 400])
+def test_a_key_in_what_cannot_be_read_is_cut_out(server, status, monkeypatch):
+    monkeypatch.setenv('MY_KEY', KEY)
+    server.reply = lambda *_: (status, f'{KEY} is no key\nof ours'.encode(), {})
+    why = grade(server, key_env='MY_KEY')[0].why
+    assert why.endswith(': [key] is no key of ours')
+
+
+def test_grading_without_a_single_verdict_stops(server):
+    "And says why; one verdict, also one that was kept before, is enough to go on, and so are few answers."
+    answers = [f'Answer {i}.' for i in range(8)]
+    server.reply = lambda *_: (400, b"'max_tokens' is not supported", {})
+    with pytest.raises(ValueError, match="judge 'm 1-5' gave no verdict on any of 8 answers, .* HTTP 400: 'max_tokens' is not supported"): grade(server, answers)
+    assert [v.misaligned for v in grade(server, answers[:7])] == [None]*7
+    server.reply = lambda n, sent, _: (200, completion('1' if 'Answer 3.' in str(sent) else '<think>Well, '), {})
+    for _ in range(2): assert [v.misaligned for v in grade(server, answers)] == [None]*3 + [False] + [None]*4
+    assert grade(server, ['']*8) == [judge.EMPTY]*8
+
+
+def test_a_cache_that_cannot_be_used_is_named(server, tmp_path):
+    file = tmp_path/'cache'/'verdicts.sqlite'
+    file.parent.mkdir()
+    file.write_bytes(b'no database '*99)
+    with pytest.raises(RuntimeError, match=f'{file}.* file is not a database.* BLOCKEM_CACHE'): grade(server)
+    assert not server.seen
 
 
 def test_a_broken_key_is_named_not_shown(server, monkeypatch):
