@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'PACKAGES', 'Preset', 'get_preset', 'check_preset', 'check
            'write_manifest', 'intact', 'Study', 'slim']
 
 # %% ../nbs/lib/00_study.ipynb #cell-002
-import contextlib, hashlib, importlib.metadata, json, os, re, shutil, time, tomllib, warnings
+import contextlib, hashlib, importlib.metadata, itertools, json, os, re, shutil, time, tomllib, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
@@ -111,9 +111,10 @@ def checked(
 ):               # an instance of the schema
     "The parameters of a run; an unknown name, a mistyped value or a name that leads nowhere stops here."
     known = schema.model_fields
+    early = set(itertools.takewhile(lambda name: given[name] is not schema, given))  # what a notebook defines behind its schema is its own, and there when its cells are run again
     constant = lambda k: k.isupper() and k.lower() not in known  # of the notebook, no parameter in capitals by mistake
     def meant(name, value) -> bool: # whether it is a parameter, perhaps misspelt, and not something else of the notebook's
-        return name in known or not name.startswith('_') and not constant(name) and isinstance(value, (str, int, float, bool, type(None)))
+        return name in known or name in early and not name.startswith('_') and not constant(name) and isinstance(value, (str, int, float, bool, type(None)))
     told = {k: v for k, v in given.items() if meant(k, v)}
     for name in told: choose(name, known, 'parameter')
     try: return schema(**told).validate_names()
