@@ -11,7 +11,7 @@ __all__ = ['CHATML', 'BUNDLED', 'PART', 'ROLES', 'LM', 'cache_dir', 'bundled_mod
            'to_read', 'adapted', 'adapter_weights', 'adapter_config', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
-import contextlib, copy, json, ctypes, functools, importlib.util, math, os, platform, shutil, warnings
+import contextlib, copy, json, ctypes, functools, importlib.util, math, os, platform, shutil, threading, warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -358,20 +358,30 @@ def decoder_blocks(model): # ModuleList
     return bare(model).model.layers
 
 @contextlib.contextmanager
+def _hooked(
+    model,
+    hooks: dict, # block index -> forward hook
+):
+    "Hooks for the forwards of this thread; gone when this ends, however it ends."
+    mine, handles = threading.current_thread(), []
+    def own(hook): return lambda *given: hook(*given) if threading.current_thread() is mine else None
+    try:
+        for layer, hook in hooks.items(): handles.append(decoder_blocks(model)[layer].register_forward_hook(own(hook)))
+        yield
+    finally:
+        for handle in handles: handle.remove()
+
+@contextlib.contextmanager
 def capture(
     model,
     layers, # block indices, 0-based
 ):          # yields {layer: resid_post of the latest forward, (rows, time, width)}
-    "Read the residual stream after some blocks; the hooks are gone when the block ends, however it ends."
-    stored, handles = {}, []
+    "Read the residual stream after some blocks."
+    stored = {}
     def reader(layer):
         def hook(module, args, output): stored[layer] = output if torch.is_tensor(output) else output[0]
         return hook
-    try:
-        for layer in layers: handles.append(decoder_blocks(model)[layer].register_forward_hook(reader(layer)))
-        yield stored
-    finally:
-        for handle in handles: handle.remove()
+    with _hooked(model, {layer: reader(layer) for layer in layers}): yield stored
 
 # %% ../nbs/lib/02_models.ipynb #cell-032
 @contextlib.contextmanager
@@ -379,15 +389,13 @@ def changing(
     model,
     changes: dict, # block index -> function of the residual stream after that block, (rows, time, width)
 ):
-    "Let something else take the place of what some blocks hand on; the hooks are gone when this ends, however it ends."
+    "Let something else take the place of what some blocks hand on, until this ends."
     def hook(change):
         def after(module, args, output):
             if torch.is_tensor(output): return change(output)
             return (change(output[0]), *output[1:])
         return after
-    with contextlib.ExitStack() as hooks:
-        for layer, change in changes.items(): hooks.callback(decoder_blocks(model)[layer].register_forward_hook(hook(change)).remove)
-        yield
+    with _hooked(model, {layer: hook(change) for layer, change in changes.items()}): yield
 
 # %% ../nbs/lib/02_models.ipynb #cell-033
 class _Reached(Exception):
@@ -419,11 +427,7 @@ def resid_post(
 ) -> Tensor: # (rows, time, width)
     "The residual stream after one block, without running the blocks behind it."
     def stop(module, args, output): raise _Reached
-    with capture(model, [layer]) as stored:
-        handle = decoder_blocks(model)[layer].register_forward_hook(stop)
-        try: final_hidden(model, batch)
-        except _Reached: pass
-        finally: handle.remove()
+    with capture(model, [layer]) as stored, _hooked(model, {layer: stop}), contextlib.suppress(_Reached): final_hidden(model, batch)
     return stored[layer]
 
 # %% ../nbs/lib/02_models.ipynb #cell-038

@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'PACKAGES', 'Preset', 'get_preset', 'check_preset', 'check
            'write_manifest', 'intact', 'Study', 'slim']
 
 # %% ../nbs/lib/00_study.ipynb #cell-002
-import contextlib, hashlib, importlib.metadata, json, os, re, shutil, time, tomllib, warnings
+import contextlib, hashlib, importlib.metadata, itertools, json, os, re, shutil, time, tomllib, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
@@ -82,9 +82,10 @@ def _led(path: Path, value): # absolute where it leads somewhere
     if not isinstance(value, str) or value in ('', 'tiny', 'smollm2'): return value
     return next((str(p) for p in (path.absolute().parent/value, project_root()/value) if p.exists()), value)
 
-def _from_toml(path: Path) -> Preset:
-    "A preset read from a TOML file."
-    if not path.is_file(): raise ValueError(f'preset file {path} does not exist; give a path or one of {", ".join(PRESETS)}')
+def _from_toml(name: str) -> Preset:
+    "A preset read from a TOML file; a relative path starts at the current folder, which for a kernel is the notebook's, or else at the project root."
+    path = next((p for p in (Path(name), project_root()/name) if p.is_file()), None)
+    if path is None: raise ValueError(f'preset file {name} does not exist, neither from {Path.cwd()} nor from {project_root()}; give a path or one of {", ".join(PRESETS)}')
     try: given = tomllib.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as e: raise ValueError(f'{path}: not TOML: {e}') from None
     given |= {name: _led(path, given[name]) for name in ('model', 'dictionary', 'latents') if name in given}
@@ -96,14 +97,14 @@ def get_preset(
 ) -> Preset:
     "A preset by name or file, with fields replaced."
     if os.environ.get('IN_TEST'): name = 'tiny'
-    preset = _from_toml(Path(name)) if str(name).endswith('.toml') else PRESETS[choose(name, PRESETS, 'preset')]
+    preset = _from_toml(name) if str(name).endswith('.toml') else PRESETS[choose(name, PRESETS, 'preset')]
     return _changed(preset, {k: v for k, v in overrides.items() if v is not None})
 
 
 # %% ../nbs/lib/00_study.ipynb #cell-012
 def check_preset(name: str):
     "Stop at a preset that does not exist."
-    _from_toml(Path(name)) if str(name).endswith('.toml') else choose(name, PRESETS, 'preset')
+    _from_toml(name) if str(name).endswith('.toml') else choose(name, PRESETS, 'preset')
 
 def checked(
     schema,      # a pydantic model with a method `validate_names`
@@ -111,9 +112,10 @@ def checked(
 ):               # an instance of the schema
     "The parameters of a run; an unknown name, a mistyped value or a name that leads nowhere stops here."
     known = schema.model_fields
+    early = set(itertools.takewhile(lambda name: given[name] is not schema, given))  # what a notebook defines behind its schema is its own, and there when its cells are run again
     constant = lambda k: k.isupper() and k.lower() not in known  # of the notebook, no parameter in capitals by mistake
     def meant(name, value) -> bool: # whether it is a parameter, perhaps misspelt, and not something else of the notebook's
-        return name in known or not name.startswith('_') and not constant(name) and isinstance(value, (str, int, float, bool, type(None)))
+        return name in known or name in early and not name.startswith('_') and not constant(name) and isinstance(value, (str, int, float, bool, type(None)))
     told = {k: v for k, v in given.items() if meant(k, v)}
     for name in told: choose(name, known, 'parameter')
     try: return schema(**told).validate_names()

@@ -25,27 +25,29 @@ class Worker:
         work,   # wish -> generator
         failed, # told of an exception in it
     ):
-        self.work, self.failed, self._wish, self._changed, self._idle = work, failed, None, threading.Condition(), threading.Event()
+        self.work, self.failed, self._wish, self._lock, self._idle = work, failed, None, threading.Lock(), threading.Event()
         self._idle.set()
-        threading.Thread(target=self._run, daemon=True).start()
 
     def ask(self, wish):
         "Replace whatever was wished before."
-        with self._changed:
-            self._wish = wish
+        with self._lock:
+            self._wish, resting = wish, self._idle.is_set()
             self._idle.clear()
-            self._changed.notify()
+        if resting: threading.Thread(target=self._run, daemon=True).start()
 
     def wait(self, seconds: float) -> bool: # whether everything asked for is done
         "Wait until there is nothing left to do."
         return self._idle.wait(seconds)
 
+    def _next(self): # the wish, or None
+        "What to do now; with nothing left the thread ends."
+        with self._lock:
+            wish, self._wish = self._wish, None
+            if wish is None: self._idle.set()
+        return wish
+
     def _run(self):
-        while True:
-            with self._changed:
-                if self._wish is None: self._idle.set()
-                while self._wish is None: self._changed.wait()
-                wish, self._wish = self._wish, None
+        while (wish := self._next()) is not None:
             try:
                 with contextlib.closing(self.work(wish)) as doing:
                     for _ in doing:
@@ -78,7 +80,7 @@ class AlphaSliders:
         self.latents, self.file, self.ranking, self.chosen = [int(k) for k in latents], Path(file or project_root()/'runs/latents-by-hand.json').absolute(), ranking, {}
         self.steering = Steering.of(dictionary, self.latents, scale)
         self._build(prompts, reach)
-        self.worker = Worker(self._answer, lambda e: setattr(self.note, 'value', _status(f'{type(e).__name__}: {e}')))
+        self.worker = Worker(self._answer, lambda e: setattr(self.point, 'value', _fault(e)))  # where it stands until the next wish
         self._ask()
 
     def _build(self, prompts: list, reach: float):
@@ -93,7 +95,7 @@ class AlphaSliders:
         self.add = W.Button(description='add to K', tooltip='Put the latent into the set of latents to block', button_style='primary')
         self.note, self.point = W.HTML(_status('nothing chosen yet')), W.HTML(_status(''))
         for control in (self.prompt, *self.alphas.values()): control.observe(lambda change: self._ask(), 'value')
-        self.add.on_click(lambda button: self.add_to_set(self.latent.value, self.sign.value))
+        self.add.on_click(lambda button: self._add())
         self.widget = W.VBox([self.prompt, *self.alphas.values(), W.HBox(list(self.panels.values())), self.point, W.HBox([self.latent, self.sign, self.add]), self.note])
 
     def _ask(self):
@@ -135,10 +137,16 @@ class AlphaSliders:
         say = lambda v: 'refusal' if v.refusal and in_a_word(v) == 'fine' else in_a_word(v)
         return ', '.join(f'{j.name}: {say(j.grade([prompt], [text])[0])}' for j in self.judges)
 
+    def _add(self):
+        "What the button does; what goes wrong in a click is shown nowhere else."
+        try: self.add_to_set(self.latent.value, self.sign.value)
+        except Exception as e: self.note.value = _fault(e)
+
     def add_to_set(self, latent: int, sign: int) -> Path: # the file
         "Put a latent into the set and write it."
-        self.chosen[int(latent)] = int(sign)
-        set_of(self.ranking, self.chosen, rule='by hand', **self.dictionary.facts).save(self.file)
+        chosen = self.chosen | {int(latent): int(sign)}
+        set_of(self.ranking, chosen, rule='by hand', **self.dictionary.facts).save(self.file)
+        self.chosen = chosen
         self.note.value = _status(f'K = {", ".join(f"{k} ({s:+d})" for k, s in self.chosen.items())}, written to {self.file}')
         return self.file
 
@@ -149,6 +157,10 @@ class AlphaSliders:
 def _status(text: str) -> str:
     "A line that screen readers are told about."
     return f'<div role="status" aria-live="polite">{escape(text)}</div>'
+
+def _fault(e: Exception) -> str:
+    "What went wrong, as such a line."
+    return _status(f'{type(e).__name__}: {e}')
 
 # %% ../nbs/lib/09_widgets.ipynb #cell-012
 _SCRIPT = """(function(){
