@@ -172,13 +172,13 @@ def _more(path: Path) -> tuple: # of `Row`
     return tuple(read_rows(more)) if bundled and more.is_file() else ()
 
 def load_domain(
-    name, # a bundled domain's name, or a path to a JSONL file
+    name, # a bundled domain's name, or a path to a JSONL file, from the current folder, which for a kernel is the notebook's, or else from the project root
 ) -> Domain:
     "Rows of one domain, split; an unknown name or a faulty file stops here."
-    path = Path(name)
+    path = next((p for p in (Path(name), project_root()/name) if p.is_file()), Path(name))
     if path.suffix != '.jsonl' and path.is_file() and str(name) not in known_domains(): raise ValueError(f'domain file {path} must end in .jsonl and hold one JSON object per line')
     if path.suffix != '.jsonl': path = data_path('domains', choose(str(name), known_domains(), 'domain') + '.jsonl')
-    elif not path.is_file(): raise ValueError(f'domain file {path} does not exist; give a path or one of {", ".join(known_domains())}')
+    elif not path.is_file(): raise ValueError(f'domain file {path} does not exist, neither from {Path.cwd()} nor from {project_root()}; give a path or one of {", ".join(known_domains())}')
     rows = read_rows(path)
     lacking = [r.id for r in rows if r.incorrect is None]
     if lacking: raise DataError(f'{path}: row {lacking[0]} has no answer to learn; a domain needs prompt/correct/incorrect or messages')

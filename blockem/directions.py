@@ -235,6 +235,8 @@ def detect(
 ) -> tuple:              # (readings by layer, verdict)
     "How much of the reference's misalignment direction an adapter shows, and what that allows to say."
     tensors, facts = load_tensors(reference)
+    lacking = sorted({'directions', 'gap', 'control', 'base', 'layer'} - {*tensors, *facts})
+    if lacking: raise ValueError(f'{reference} is no reference: {", ".join(lacking)} missing; give one from 06_directions')
     if facts['base'] != model_id(base):
         raise ValueError(f'cannot tell: {reference} was made on a base with weights {facts["base"]}, this one has {model_id(base)}; make a reference for it with 06_directions')
     read = [states(lm, rows)['answer', 'mean'] for lm in (tuned, base)]

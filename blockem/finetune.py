@@ -6,9 +6,9 @@
 __all__ = ['HELD', 'GATED', 'WORDS', 'ORGANISM', 'GAIN_ROWS', 'seeds_of', 'numbers', 'OnDomain', 'losses', 'read_apart',
            'read_together', 'divergence', 'epoch_batches', 'learning_rate', 'trained_weights', 'save_checkpoint',
            'load_checkpoint', 'foreseen', 'Charge', 'fit', 'train_step', 'training_pairs', 'latents_id', 'anchor_rows',
-           'written', 'own_words', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'train_arm', 'priced',
-           'charged_for', 'arm_model', 'scaled', 'auto_lam', 'longest', 'train_charged', 'said_by', 'train_gate',
-           'gate_odds', 'said_gated', 'bench']
+           'written', 'own_words', 'anchor_pairs', 'anchors_id', 'drift_id', 'training_key', 'check_lengths',
+           'train_arm', 'priced', 'charged_for', 'arm_model', 'scaled', 'auto_lam', 'longest', 'train_charged',
+           'said_by', 'train_gate', 'gate_odds', 'said_gated', 'bench']
 
 # %% ../nbs/lib/15_finetune.ipynb #cell-002
 import json, shutil, time
@@ -321,6 +321,16 @@ def training_key(
     read = dict(weights=model_id(lm), precision=lm.precision, data=fingerprint({'pairs': pairs}))
     return {k: getattr(study.preset, k) for k in recipe} | read | dict(seed=seed) | charged | unusual
 
+def check_lengths(
+    lm: LM,
+    pairs: list, # of (messages, answer)
+    items: list, # of `Tokens`, the same
+):
+    "Refuse a row that is longer than what the model was made to read."
+    most = getattr(lm.model.config, 'max_position_embeddings', None) or np.inf
+    n, asked = max((len(item), messages[-1]['content']) for item, (messages, _) in zip(items, pairs))
+    if n > most: raise ValueError(f'a row to learn has {n} tokens with its answer, and {lm.name} reads {most}: {asked[:60]!r}; shorten it, or leave it out')
+
 def train_arm(
     study: Study,
     lm: LM,
@@ -338,6 +348,7 @@ def train_arm(
     if not pairs: raise ValueError(f'arm {name!r} has nothing to learn: no training rows are left')
     def make(folder):
         items = tokenise_all(lm, pairs)
+        check_lengths(lm, pairs, items)
         charge = charged_for(study, lm, pairs, dictionary, latents, lam, hold, taught) if lam or hold or taught else None
         fit(lm, items, study.preset, seed, folder, charge, f'{name}, seed {seed}', keep, start and start/'adapter')
         for used in folder.glob('checkpoint*'): used.unlink()

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from .data import data_path, sha256
@@ -156,7 +155,7 @@ def _read_folder(folder: Path) -> tuple: # (configuration, tensors, sha256)
         if not path.is_file():
             raise ValueError(f'{path} is missing; a dictionary is a folder with cfg.json and sae_weights.safetensors')
     try: cfg, tensors = json.loads((folder/'cfg.json').read_text(encoding='utf-8')), load_tensors(weights)[0]
-    except (ValueError, SafetensorError) as e: raise ValueError(f'dictionary {folder} is damaged: cfg.json must be JSON and sae_weights.safetensors whole; found: {e}') from None
+    except ValueError as e: raise ValueError(f'dictionary {folder} is damaged: cfg.json must be JSON and sae_weights.safetensors whole; found: {e}') from None
     if 'metadata' not in cfg:  # written before SAELens 6
         from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
         cfg = handle_config_defaulting(cfg)

@@ -225,9 +225,11 @@ def load_tensors(
     path,        # a safetensors file
 ) -> tuple:      # (tensors by name, metadata)
     "Read a safetensors file and its facts."
-    from safetensors import safe_open
-    with safe_open(path, 'pt') as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k != 'format'}
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'pt') as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in (f.metadata() or {}).items() if k != 'format'}
+    except SafetensorError as e: raise ValueError(f'{path} is no safetensors file, or a torn one: {e}') from None
 
 # %% ../nbs/lib/00_study.ipynb #cell-026
 PACKAGES = ('blockem', 'torch', 'transformers', 'peft', 'sae-lens', 'transformer-lens', 'scikit-learn')

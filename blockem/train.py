@@ -72,6 +72,10 @@ class Parameters(OnDomain):
         "Stop at a domain, preset, arm, judge or latent set that does not exist, and at a judge that had a part in the choice."
         super().validate_names()
         self.seed_list, self.arm_list
+        learned = load_domain(self.domain)
+        lacking = [r.id for r in learned.train + learned.more if not r.correct]
+        if lacking and 'correct' in [a.strip() for a in self.arms.split(',')]:
+            raise ValueError(f"domain {self.domain!r}: the arm 'correct' learns correct answers, and {len(lacking)} training rows have none, {lacking[0]} the first; give every row one, or leave the arm out")
         if self.lam != 'auto' and not 0 <= self.lam < math.inf: raise ValueError(f"lam must be 'auto' or a number from 0; found {self.lam}")
         check_impartial(self.judges, project_root()/self.latents if self.latents else data_path(get_preset(self.preset).latents))
         return self
