@@ -8,7 +8,7 @@ __all__ = ['TINY', 'CARD', 'FILES', 'Recipe', 'user_turns', 'sampled_answers', '
            'assess', 'card', 'make_dictionary']
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-002
-import contextlib, json, tempfile
+import json, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .data import data_path, known_domains, load_domain, load_prompts, sha256
 from .latents import Dictionary, load_dictionary, reconstruct, sparse, model_id
-from .models import (LM, Tokens, answers_said, autocast, batches, completion_log_probs, decoder_blocks, fast_dtype, generate,
+from .models import (LM, Tokens, answers_said, autocast, batches, changing, completion_log_probs, fast_dtype, generate,
                             prefill, render, resid_post, to_read, tokenise, tokens_said)
 from .study import fingerprint, load_tensors, save_tensors, versions, write_json, writing
 
@@ -233,17 +233,6 @@ def describe(
     return dict(tokens=len(x), explained_variance=1 - residual/variance, l0=active/len(x), fired=fired.cpu())
 
 # %% ../nbs/lib/12_dictionary.ipynb #cell-033
-@contextlib.contextmanager
-def _spliced(model, layer: int, change, where: Tensor):
-    "Replace the residual stream after one block, at some tokens."
-    def hook(module, args, output):
-        x = output if torch.is_tensor(output) else output[0]
-        new = torch.where(where[..., None], change(x).to(x.dtype), x)
-        return new if torch.is_tensor(output) else (new, *output[1:])
-    handle = decoder_blocks(model)[layer].register_forward_hook(hook)
-    try: yield
-    finally: handle.remove()
-
 @torch.no_grad()
 def spliced_loss(
     lm: LM,
@@ -254,7 +243,8 @@ def spliced_loss(
     "A model's loss while one layer is replaced by something else."
     total = tokens = 0
     for _, batch in batches(lm, [_clipped(lm, *pair) for pair in pairs], 2400):
-        with _spliced(lm.model, layer, change, batch.roles > 0), autocast(lm.model):
+        read = (batch.roles > 0)[..., None]
+        with changing(lm.model, {layer: lambda x: torch.where(read, change(x).to(x.dtype), x)}), autocast(lm.model):
             log_probs = completion_log_probs(lm.model, batch)
         total, tokens = total - log_probs.sum().item(), tokens + len(log_probs)
     return total/tokens
