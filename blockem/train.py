@@ -269,7 +269,7 @@ def dial_plot(found: pd.DataFrame, prompts: str='trigger') -> go.Figure: # from 
                         mode='lines+markers+text', marker_size=np.where(keeps.usual, 11, 5), line_color=ARM_COLOURS[way], name=way, legendgroup=way, showlegend=judge == judges[0],
                         hovertemplate='%{text}: kept %{x:.0%}, cut %{y:.0%}', row=1, col=judges.index(judge) + 1)
     fig.update_xaxes(title='adherence kept', tickformat='.0%').update_yaxes(tickformat='.0%').update_yaxes(title=f'excess cut, {prompts} prompts', col=1)
-    return fig.update_layout(width=960, height=480, title_text='What the threshold trades', title_subtitle_text=f'n = {found.n.min()}-{found.n.max()} prompts; bars at the preset\'s thresholds: 95 % intervals')
+    return fig.update_layout(width=960, height=520, margin_t=115, title_text='What the threshold trades', title_subtitle_text=f'n = {found.n.min()}-{found.n.max()} prompts; bars at the preset\'s thresholds: 95 % intervals')
 
 # %% ../nbs/03_train.ipynb #718570ba
 def beyond_gate(
