@@ -147,7 +147,7 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
     assert set(pd.read_parquet(tmp_path/'study.parquet').domain) == {'legal', 'health'}
     from blockem.sweep import across
     verdicts = pd.read_parquet(tmp_path/'study_verdicts.parquet')
-    again = across(verdicts, pd.DataFrame(dict(prompts=[])))  # all but the margins are in the verdicts
+    again = across(verdicts, pd.DataFrame(dict(prompts=[], domain=[])))  # all but the margins are in the verdicts
     pd.testing.assert_frame_equal(again, effects[effects.judge != ''].reset_index(drop=True))
     assert verdicts.odds.notna().all()
 
