@@ -8,7 +8,7 @@ __all__ = ['PRESETS', 'PACKAGES', 'Preset', 'get_preset', 'check_preset', 'check
            'write_manifest', 'intact', 'Study', 'slim']
 
 # %% ../nbs/lib/00_study.ipynb #cell-002
-import contextlib, hashlib, importlib.metadata, itertools, json, os, re, shutil, time, tomllib, warnings
+import contextlib, hashlib, importlib.metadata, itertools, json, os, re, shutil, sys, time, tomllib, warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Literal
@@ -259,6 +259,18 @@ def intact(
     return not damaged
 
 # %% ../nbs/lib/00_study.ipynb #cell-027
+@contextlib.contextmanager
+def _alone(folder: Path, patience: float=2): # seconds
+    "By one process at a time; who has to wait longer is told for what."
+    from filelock import FileLock, Timeout
+    lock = FileLock(f'{folder}.lock')
+    try: lock.acquire(timeout=patience)
+    except Timeout:
+        print(f'waiting for {folder.name}, which another run is making', file=sys.stderr, flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
 @dataclass(frozen=True)
 class Study:
     "A folder, a preset, and the units of work made so far: the only state there is."
@@ -282,9 +294,8 @@ class Study:
         make,             # `make(folder)` writes the artefacts; called again after a crash
     ) -> Path:            # the unit's folder, finished
         "One unit of work: made unless its manifest already vouches for it, by one process at a time."
-        from filelock import FileLock
         folder = self.folder/f'{name}-{fingerprint(parameters)}'
-        with FileLock(f'{folder}.lock'):
+        with _alone(folder):
             if not intact(folder):
                 if (folder/'manifest.json').exists(): shutil.rmtree(folder)  # damaged: nothing in it can be trusted
                 folder.mkdir(exist_ok=True)
@@ -311,9 +322,8 @@ class Study:
         *names: str, # of its files
     ):
         "Make a unit's files those that later stages read."
-        from filelock import FileLock
         manifest = self.folder/'manifest.json'
-        with FileLock(f'{manifest}.lock'):
+        with _alone(manifest):
             known = json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}
             for name in names:
                 with writing(self.folder/name) as p: shutil.copyfile(unit/name, p)
