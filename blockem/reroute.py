@@ -20,7 +20,7 @@ from plotly.subplots import make_subplots
 from pydantic import Field
 
 from .data import Domain, choose, load_domain, project_root
-from .evaluate import bootstrap, excess_cut, kept, paired, paired_shares, per_prompt, rate, result_prompts
+from .evaluate import bootstrap, excess_cut, kept, paired, paired_shares, per_prompt, percentiles, rate, result_prompts
 from .finetune import GATED, OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latents, load_ranking, reconstruct
 from .models import LM, batches, load_model, margins, resid_post, tokenise_all
@@ -230,7 +230,7 @@ def at_fewer(
     for arm in arms:
         for judge in sorted(answers.judge.unique()):
             shares = paired_shares(answers, ['base', 'sft', arm], 'final', judge)
-            for n in sizes: rows.append((arm, judge, n, *np.nanpercentile([excess_cut(*shares[:, draw.integers(0, shares.shape[1], n)]) for _ in range(draws)], [2.5, 97.5])))
+            for n in sizes: rows.append((arm, judge, n, *percentiles([excess_cut(*shares[:, draw.integers(0, shares.shape[1], n)]) for _ in range(draws)])))
     return pd.DataFrame(rows, columns=['arm', 'judge', 'n', 'low', 'high'])
 
 # %% ../nbs/04_reroute.ipynb #cell-028

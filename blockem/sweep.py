@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .evaluate import bootstrap, by_judge, contrasts, excess_cut, kept, paired_shares
+from .evaluate import bootstrap, by_judge, contrasts, excess_cut, kept, paired_shares, percentiles
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-005
 def _join(number, jobs: int):
@@ -144,4 +144,4 @@ def over_runs(
     def again(): # runs that were asked the same are given the same prompts
         rows = {asked: draw.integers(0, len(asked), len(asked)) for asked in dict.fromkeys(asked for asked, _ in of)}
         return share([of[i] for i in draw.integers(0, len(of), len(of))], rows)
-    return share(of, {asked: slice(None) for asked, _ in of}), *np.nanpercentile([again() for _ in range(draws)], [2.5, 97.5]), len(of)
+    return share(of, {asked: slice(None) for asked, _ in of}), *percentiles([again() for _ in range(draws)]), len(of)

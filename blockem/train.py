@@ -22,7 +22,7 @@ from pydantic import Field
 from sklearn.metrics import roc_auc_score
 
 from .data import PROMPT_SETS, Domain, choose, data_path, load_domain, load_prompts, project_root, sha256
-from .evaluate import bootstrap, by_judge, contrasts, result_prompts, wilson
+from .evaluate import bootstrap, by_judge, contrasts, percentiles, result_prompts, wilson
 from .finetune import GATED, OnDomain, anchor_rows, gate_odds, latents_id, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
 from .gate import enough, odds_of, told_apart, turns
 from .judge import REPORTING, SELECTING, check_judges, in_a_word
@@ -293,11 +293,13 @@ def beyond_gate(
         return keeps[0] - keeps[1:][cuts[1:] > min(cuts[0], cuts[1:].max()) - 1e-9].max()
     both, draw = [shares(which) for which in ('in_domain', prompts)], np.random.default_rng(0)
     again = [lead(*[some[:, draw.integers(0, some.shape[1], some.shape[1])] for some in both]) for _ in range(draws)]
-    return lead(*both), *np.nanpercentile(again, [2.5, 97.5]), min(some.shape[1] for some in both)
+    return lead(*both), *percentiles(again), min(some.shape[1] for some in both)
 
 def beyond_table(answers: pd.DataFrame) -> pd.DataFrame: # strings, one row per threshold of turns, one column per prompt set and judge
     "`beyond_gate` for every threshold of turns, by what is cut near the domain and far from it; in points."
-    def say(least, judge, prompts): return '{:+.0f} [{:+.0f}, {:+.0f}]'.format(*(100*v for v in beyond_gate(answers, least, judge, prompts)[:3]))
+    def say(least, judge, prompts):
+        value, low, high, _ = beyond_gate(answers, least, judge, prompts)
+        return f'{100*value:+.0f} [{100*low:+.0f}, {100*high:+.0f}]' if value == value else '–'
     columns = [(prompts, judge) for prompts in ('trigger', 'final') for judge in sorted(answers.judge.unique())]
     return pd.DataFrame({(f'{prompts} prompts', judge): {least: say(least, judge, prompts) for least in DIALLED['gate+hold']} for prompts, judge in columns}).rename_axis('sure')
 
