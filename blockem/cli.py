@@ -338,7 +338,7 @@ def _publish_latents(study: Path) -> list: # what was written
     "Copy the latents that a discovery ended with, and their ranking, to a folder beside their dictionary, where 03_train can be given them."
     target = data_path(json.loads((study/'latents.json').read_text())['dictionary'])/'causal'
     for name in ('latents.json', 'ranking.parquet'): _take(study/name, target/name)
-    return [str(target/name) for name in ('latents.json', 'ranking.parquet')]
+    return [os.path.relpath(target/name, project_root()) for name in ('latents.json', 'ranking.parquet')]
 
 REFERENCE_CARD = """# The reference direction of {model}
 
@@ -359,7 +359,7 @@ def _publish_reference(study: Path) -> list: # what was written
     card = target.with_suffix('.md') if facts['model'] != 'smollm2' else target.with_name('README.md')
     _take(study/'reference.safetensors', target)
     with writing(card) as p: p.write_text(REFERENCE_CARD.format(study=os.path.relpath(study, project_root()), file=target.name, sha256=sha256(target), **facts), encoding='utf-8')
-    return [str(target), str(card)]
+    return [os.path.relpath(p, project_root()) for p in (target, card)]
 
 def _publish_stage(study: Path, stage: str) -> list: # what was written
     "Take over the outputs of a stage, its tables, and what else it leaves for others."

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as validated
 
-from .data import choose, project_root, sha256
+from .data import choose, located, project_root, sha256
 
 # %% ../nbs/lib/00_study.ipynb #cell-005
 @validated(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -80,11 +80,11 @@ def _changed(preset: Preset, changes: dict, what: str='preset field') -> Preset:
 def _led(path: Path, value): # absolute where it leads somewhere
     "A path in a preset file: it starts at the file's folder, or else at the project root; what leads nowhere from there stays as it is."
     if not isinstance(value, str) or value in ('', 'tiny', 'smollm2'): return value
-    return next((str(p) for p in (path.absolute().parent/value, project_root()/value) if p.exists()), value)
+    return str(located(value, path.absolute().parent) or value)
 
 def _from_toml(name: str) -> Preset:
-    "A preset read from a TOML file; a relative path starts at the current folder, which for a kernel is the notebook's, or else at the project root."
-    path = next((p for p in (Path(name), project_root()/name) if p.is_file()), None)
+    "A preset read from a TOML file."
+    path = located(name)
     if path is None: raise ValueError(f'preset file {name} does not exist, neither from {Path.cwd()} nor from {project_root()}; give a path or one of {", ".join(PRESETS)}')
     try: given = tomllib.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as e: raise ValueError(f'{path}: not TOML: {e}') from None

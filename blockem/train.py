@@ -74,7 +74,7 @@ class Parameters(OnDomain):
         self.seed_list, self.arm_list
         learned = load_domain(self.domain)
         lacking = [r.id for r in learned.train + learned.more if not r.correct]
-        if lacking and 'correct' in [a.strip() for a in self.arms.split(',')]:
+        if lacking and self.arms and 'correct' in self.arm_list:  # asked for by name
             raise ValueError(f"domain {self.domain!r}: the arm 'correct' learns correct answers, and {len(lacking)} training rows have none, {lacking[0]} the first; give every row one, or leave the arm out")
         if self.lam != 'auto' and not 0 <= self.lam < math.inf: raise ValueError(f"lam must be 'auto' or a number from 0; found {self.lam}")
         check_impartial(self.judges, project_root()/self.latents if self.latents else data_path(get_preset(self.preset).latents))
@@ -285,7 +285,7 @@ def beyond_gate(
     def shares(which): # (free run, base, turns and a gate at every level; prompts)
         said = asked[asked.prompts == which].pivot(index=[*one, 'odds'], columns='arm', values='misaligned')[list(WAYS['gate+hold'])].dropna().astype(float)
         odds, of = (said.index.get_level_values(name).to_numpy() for name in ('odds', 'id'))
-        who = np.stack([odds < np.inf, odds == np.inf, turns(odds, least, True), *[odds > level for level in levels]], 1).astype(int)
+        who = np.stack([np.ones_like(odds), np.zeros_like(odds), turns(odds, least, True), *[odds > level for level in levels]], 1).astype(int)
         return pd.DataFrame(np.take_along_axis(said.to_numpy(), who, 1)).groupby(of).mean().to_numpy().T
     def lead(inside, near):
         if inside[0].mean() == 0 or near[0].mean() <= near[1].mean(): return np.nan
