@@ -39,6 +39,7 @@ class Parameters(OnDomain):
     rounds: int = Field(2, ge=1)
     arms: str = 'blocked,hold,gate'
     latents: str = ''
+    limit: int = Field(200, ge=0)
 
     @property
     def seed_list(self) -> list: # of int
@@ -60,7 +61,7 @@ class Parameters(OnDomain):
 def asked(given: dict) -> Parameters:
     "What a run is told; on the tiny preset few lengths and rows."
     p = checked(Parameters, given)
-    return p.model_copy(update=dict(times=min(p.times, 3), limit=p.limit or 6)) if get_preset(p.preset).name == 'tiny' else p
+    return p.model_copy(update=dict(times=min(p.times, 3), limit=min(p.limit or 6, 6))) if get_preset(p.preset).name == 'tiny' else p
 
 
 # %% ../nbs/04_reroute.ipynb #cell-010
