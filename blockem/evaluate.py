@@ -70,7 +70,7 @@ def result_prompts(
     return {name: rows[:limit or None] for name, rows in sets.items()}
 
 def selection_prompts(
-    domain: Domain,
+    domain: Domain,  # from `compare.within`, whose test side comes from the training rows
 ) -> dict:           # name -> rows
     """The prompts that choices of recipe are made on, none of them a result prompt.
 

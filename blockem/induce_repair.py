@@ -130,7 +130,7 @@ def induce_repair_plot(
 def worth(
     table: pd.DataFrame, # indexed by latent: by, score, attribution, delta, delta_answer
     top: int=10,
-) -> pd.DataFrame:       # one row per ranking: Spearman's rho with its interval, and how many of the screen's best are among its first 20, 30, 40
+) -> pd.DataFrame:       # one row per ranking: Spearman's rho with its interval over latents, and how many of the screen's best are among its first 20, 30, 40
     "How well rankings that need no generation predict the screen's; the random latents are left out."
     table = table[table.by != 'random']
     best, rows = set(table.score.nlargest(top).index), []

@@ -67,6 +67,7 @@ def shift_moments(
 # %% ../nbs/00_shift.ipynb #cell-016
 def summarise(m: Moments) -> pd.DataFrame: # one row per latent: delta, low, high, effect, q, activity (of the base), density_base, density
     "Shift with its uncertainty."
+    if m.n < 2: raise ValueError(f'how far a shift scatters takes at least two texts to see, found {m.n}; ask more prompts, with limit 0 all of them')
     mean = (m.total/m.n).numpy()
     spread = np.sqrt(np.maximum((m.squares.numpy() - m.n*mean**2)/(m.n - 1), 0))
     error = spread/np.sqrt(m.n)
