@@ -29,7 +29,7 @@ def _plainly():
 
 def _here(path: str) -> str: # absolute, or relative to the project root
     "A path as it is understood in the project root: from the current folder where it leads somewhere from there."
-    found = Path(path).absolute()
+    found = Path(os.path.expanduser(path)).absolute()
     return str(found) if found.exists() and found != project_root()/path else path
 
 def _place(path: Path) -> Path: # absolute
@@ -206,6 +206,7 @@ def study(
     from blockem.evaluate import write_table
     from blockem.sweep import across, gather, prepare, sweep_table, verdicts
     from blockem.train import Parameters, tasks
+    folder = folder.expanduser()
     changes, root = dict(map(_setting, set_)), project_root()/folder
     for name, option in dict(domain='--domains', study='--folder').items():
         if name in changes: raise typer.BadParameter(f'--set {name}=... would hold for every domain of the study; use {option}')
@@ -330,6 +331,8 @@ def _take(source: Path, target: Path):
 
 def _publish_tables(study: Path, names: dict, behind: str='') -> list: # names: of tables there -> in data/results; what was written
     "Copy tables to data/results, with something behind their names where another run's have these."
+    lacking = [f'{table}.parquet' for table in names if not (study/f'{table}.parquet').is_file()]
+    if lacking: raise ValueError(f'{study} holds no {", ".join(lacking)}: the run did not come to its end; run it again')
     targets = {table: f'{name}{behind}.parquet' for table, name in names.items()}
     for table, target in targets.items(): _take(study/f'{table}.parquet', data_path('results', target))
     return [f'data/results/{target}' for target in targets.values()]
@@ -380,7 +383,7 @@ def publish(
     stages, pooled = [s.stem for s in sorted(study.glob('[0-9][0-9]_*.ipynb'))], (study/'study.parquet').is_file()
     if not stages and (tables or not pooled): raise typer.BadParameter(f'{study} holds no executed stage notebook; run one first, e.g. `blockem run`')
     if tables:
-        written = [w for stage in stages for w in _publish_tables(study, TABLES.get(stage, {}), f'-{tables}')]
+        with _plainly(): written = [w for stage in stages for w in _publish_tables(study, TABLES.get(stage, {}), f'-{tables}')]
         if not written: raise typer.BadParameter(f"{study} holds {', '.join(stages)}, of which no table is published; these have one: {', '.join(TABLES)}")
     else:
         named = {f'study{kind}': f'{study.resolve().name}{kind}' for kind in STUDY_TABLES if pooled}  # a study's tables are called as its folder is
@@ -392,9 +395,9 @@ def slim(
     study: Path=typer.Argument(..., help='a study folder'),
 ):
     "Drop the trained adapters of a study whose stages are done; tables, answers and logs stay, and nothing is made again."
-    from blockem.study import slim as drop
+    from blockem.study import read_manifest, slim as drop
     manifests = _place(study).glob('*/manifest.json')
-    units = [m.parent for m in manifests if 'artefacts' in json.loads(m.read_text(encoding='utf-8'))]  # not of a study, which has one too
+    with _plainly(): units = [m.parent for m in manifests if 'artefacts' in read_manifest(m.parent)]  # not of a study, which has one too
     if not units: raise typer.BadParameter(f'{_place(study)} holds no finished unit of work; name the folder of one study')
     typer.echo(f'{sum(drop(unit, "adapter_model.safetensors") for unit in units)/1e6:.0f} MB freed in {len(units)} units')
 

@@ -22,7 +22,7 @@ def located(
     start=Path(),    # a folder; the current one for a kernel is its notebook's
 ) -> Path|None:
     "Where a path leads: from a folder, or else from the project root."
-    return next((p for p in (start/name, project_root()/name) if p.exists()), None)
+    return next((p for p in (start/os.path.expanduser(name), project_root()/name) if p.exists()), None)
 
 def data_path(*parts: str) -> Path: # e.g. `data_path('domains', 'legal.jsonl')`
     "A path inside the bundled data; `BLOCKEM_DATA` names another copy of the folder."

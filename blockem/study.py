@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'PACKAGES', 'Preset', 'get_preset', 'check_preset', 'checked', 'told', 'run_folder', 'Discovery',
            'time_paired', 'clock', 'writing', 'write_json', 'save_tensors', 'load_tensors', 'versions', 'fingerprint',
-           'write_manifest', 'intact', 'Study', 'slim']
+           'write_manifest', 'read_manifest', 'intact', 'Study', 'slim']
 
 # %% ../nbs/lib/00_study.ipynb #cell-002
 import contextlib, hashlib, importlib.metadata, itertools, json, os, re, shutil, sys, time, tomllib, warnings
@@ -133,7 +133,7 @@ def told(
 def run_folder(given: str, stem: str, preset: str) -> str: # relative to the project root, or as it was given
     "Where everything that a run computes goes: the folder it was given, or one named by what it does and, unless it is the usual one, its preset."
     name = get_preset(preset).name
-    return given or f'runs/{stem}' + ('' if name == 'smollm2' else f'-{name}')
+    return os.path.expanduser(given) or f'runs/{stem}' + ('' if name == 'smollm2' else f'-{name}')
 
 class Discovery(BaseModel):
     "What every stage of discovery can be told."
@@ -248,12 +248,24 @@ def write_manifest(folder: Path, parameters: dict, **facts):
     artefacts = {str(p.relative_to(folder)): sha256(p) for p in files}
     write_json(folder/'manifest.json', dict(parameters=parameters, versions=versions(), **facts, artefacts=artefacts))
 
+def read_manifest(
+    folder: Path, # of a unit of work, or of a study
+) -> dict:        # empty where there is none
+    "What a manifest says; one that cannot be read, as a copy leaves it that did not come to its end, stops."
+    path = folder/'manifest.json'
+    try: return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    except ValueError as e: raise ValueError(f'{path} is no JSON, or torn: {e}') from None
+
 def intact(
     folder: Path, # a unit's folder
 ) -> bool:
     "Whether a folder has a manifest and every artefact still has the sha256 that it names."
-    if not (folder/'manifest.json').is_file(): return False
-    artefacts = json.loads((folder/'manifest.json').read_text(encoding='utf-8'))['artefacts']
+    try: manifest = read_manifest(folder)
+    except ValueError as e:
+        warnings.warn(f'{e}; the unit is made again')
+        return False
+    if not manifest: return False
+    artefacts = manifest['artefacts']
     damaged = [n for n, h in artefacts.items() if not (folder/n).is_file() or sha256(folder/n) != h]
     if damaged: warnings.warn(f'{folder}: {", ".join(damaged)} changed since the manifest was written; the unit is made again')
     return not damaged
@@ -317,6 +329,11 @@ class Study:
         [found] = self.work(name, parameters, make).glob('*.parquet')
         return pd.read_parquet(found)
 
+    def known(self) -> dict: # file -> unit, sha256
+        "What was offered."
+        try: return read_manifest(self.folder)
+        except ValueError as e: raise ValueError(f'{e}; delete it and run the stages again, which find their work done') from None
+
     def offer(self,
         unit: Path,  # a finished unit of work
         *names: str, # of its files
@@ -324,7 +341,7 @@ class Study:
         "Make a unit's files those that later stages read."
         manifest = self.folder/'manifest.json'
         with _alone(manifest):
-            known = json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}
+            known = self.known()
             for name in names:
                 with writing(self.folder/name) as p: shutil.copyfile(unit/name, p)
                 known[name] = dict(unit=unit.name, sha256=sha256(self.folder/name))
@@ -336,8 +353,7 @@ class Study:
         **made_of,  # what must have determined it
     ) -> Path:
         "A file of an earlier stage; missing, changed or made of something else, it stops with the stage to run."
-        manifest, path = self.folder/'manifest.json', self.folder/name
-        known = json.loads(manifest.read_text(encoding='utf-8')) if manifest.is_file() else {}
+        path, known = self.folder/name, self.known()
         if name not in known: raise ValueError(f'{path} is missing; run {stage} with the same study folder first')
         if not path.is_file() or sha256(path) != known[name]['sha256']: raise ValueError(f'{path} is not what {stage} wrote; run {stage} again')
         known = self.behind(name)
@@ -347,20 +363,19 @@ class Study:
 
     def behind(self, name: str) -> dict: # parameters
         "What determined a file that is offered."
-        unit = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))[name]['unit']
-        return json.loads((self.folder/unit/'manifest.json').read_text(encoding='utf-8'))['parameters']
+        return read_manifest(self.folder/self.known()[name]['unit'])['parameters']
 
 def slim(
     unit: Path,   # a finished unit of work
     *names: str,  # patterns of the files to drop, relative to it
 ) -> int:         # bytes freed
     "Drop large files of a finished unit; its manifest remembers their sha256, and the unit still counts as finished."
-    if not (unit/'manifest.json').is_file(): return 0
-    manifest = json.loads((unit/'manifest.json').read_text(encoding='utf-8'))
-    gone = [a for a in manifest['artefacts'] if any(PurePath(a).match(n) for n in names)]
-    files = [unit/a for a in gone if (unit/a).is_file()]
-    dropped = manifest.get('dropped', {}) | {a: manifest['artefacts'].pop(a) for a in gone}
-    write_json(unit/'manifest.json', manifest | dict(dropped=dropped))  # first, so that a crash leaves a unit that is whole
-    freed = sum(f.stat().st_size for f in files)
-    for f in files: f.unlink()
-    return freed
+    with _alone(unit):  # or a run that is looking at it would find it damaged
+        if not (manifest := read_manifest(unit)): return 0
+        gone = [a for a in manifest['artefacts'] if any(PurePath(a).match(n) for n in names)]
+        files = [unit/a for a in gone if (unit/a).is_file()]
+        dropped = manifest.get('dropped', {}) | {a: manifest['artefacts'].pop(a) for a in gone}
+        write_json(unit/'manifest.json', manifest | dict(dropped=dropped))  # first, so that a crash leaves a unit that is whole
+        freed = sum(f.stat().st_size for f in files)
+        for f in files: f.unlink()
+        return freed

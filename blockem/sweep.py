@@ -7,8 +7,10 @@ __all__ = ['VERDICT_COLUMNS', 'LEADING', 'opened', 'prepare', 'gather', 'verdict
            'sweep_table', 'over_runs']
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-002
+import os, signal
 from functools import lru_cache, partialmethod
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -17,8 +19,15 @@ from tqdm.auto import tqdm
 from .evaluate import bootstrap, by_judge, contrasts, excess_cut, kept, paired_shares, percentiles
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-005
-def _join(number, jobs: int):
-    "Make this process one of several: a GPU in turn, a share of the cores, and no progress bars of its own."
+def _end_after(alive): # the reading end of a pipe
+    "End this process when the other end is closed; the system does that, too, for one that was killed."
+    alive.poll(None)
+    os._exit(1)
+
+def _join(number, jobs: int, alive):
+    "Make this process one of several: a GPU in turn, a share of the cores, no progress bars of its own, and no longer there than the first."
+    Thread(target=_end_after, args=(alive,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first ends the others
     import torch
     from transformers.utils import logging
     with number: mine, number.value = number.value, number.value + 1
@@ -39,17 +48,21 @@ def prepare(
     tasks: list, # of (function, its arguments), both of which another process can import
     jobs: int,   # processes
 ):
-    "Do tasks whose results lie in study folders, so many at a time; the first failure stops what has not begun."
+    "Do tasks whose results lie in study folders, so many at a time; the first failure ends them all, and so does the end of this process."
     from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     jobs = min(jobs, len(tasks))  # so that few tasks share all cores
     spawn = get_context('spawn')  # a forked process could not use the GPU
-    with ProcessPoolExecutor(jobs, spawn, _join, (spawn.Value('i', 0), jobs)) as pool:
-        running = [pool.submit(*task) for task in tasks]
+    alive, ours = spawn.Pipe(duplex=False)
+    with alive, ours, ProcessPoolExecutor(jobs, spawn, _join, (spawn.Value('i', 0), jobs, alive)) as pool:
         try:
+            running = [pool.submit(*task) for task in tasks]
             for done in tqdm(as_completed(running), total=len(running), desc='tasks', unit='task'): done.result()
+        except BrokenProcessPool as e:
+            raise RuntimeError(f'one of {jobs} processes ended in the middle of its work, as one does that the system kills for memory; start again, with fewer jobs if it was that: what is finished is kept') from e
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            ours.close()  # what is under way would go on for hours, and goes on from its checkpoint next time
             raise
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-007

@@ -1,11 +1,14 @@
 "The stage as people run it: papermill from two places, and what it says to bad input."
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +95,27 @@ def test_what_fails_in_another_process_is_said_in_this_one(tmp_path):
     from blockem.train import tasks
     (tmp_path/'file').touch()
     with pytest.raises(OSError, match='file/study'): prepare(tasks(dict(study=str(tmp_path/'file'/'study'))), 2)
+
+
+def test_a_failure_ends_what_others_are_doing():
+    "It is said at once, and not when hours of other work are done; a process that was killed is no riddle."
+    from blockem.sweep import prepare
+    for task, exc, said in (((os.listdir, '/nowhere'), FileNotFoundError, 'nowhere'), ((os._exit, 9), RuntimeError, 'one of 2 processes ended')):
+        with pytest.raises(exc, match=said): prepare([task, *[(time.sleep, 3600)]*4], 2)
+
+
+@pytest.mark.parametrize('ended', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_no_process_of_several_outlives_the_first(ended, tmp_path):
+    "Neither what was begun nor what waits in its queue is done for nobody."
+    tasks = f"[(os.mkdir, {str(tmp_path/'begun')!r}), *[(time.sleep, 3600)]*4]"
+    listening = 'signal.signal(signal.SIGINT, signal.default_int_handler)'  # which a shell takes from what it runs in the background
+    first = psutil.Popen([sys.executable, '-c', f'import os, signal, time; {listening}; from blockem.sweep import prepare; prepare({tasks}, 2)'], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path/'begun').exists(): assert first.poll() is None, time.sleep(.1)
+    others = first.children(recursive=True)
+    first.send_signal(ended)
+    _, left = psutil.wait_procs([first, *others], timeout=180)
+    for process in left: process.kill()
+    assert len(others) > 1 and not left
 
 
 def test_arms_on_anchors_need_a_preset_that_has_some(monkeypatch):
