@@ -7,8 +7,8 @@ __all__ = ['VERDICT_COLUMNS', 'LEADING', 'opened', 'prepare', 'gather', 'verdict
            'sweep_table', 'over_runs']
 
 # %% ../nbs/lib/10_sweep.ipynb #cell-002
-import os, signal
-from functools import lru_cache, partialmethod
+import os, signal, sys
+from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
@@ -24,8 +24,14 @@ def _end_after(alive): # the reading end of a pipe
     alive.poll(None)
     os._exit(1)
 
-def _join(number, jobs: int, alive):
-    "Make this process one of several: a GPU in turn, a share of the cores, no progress bars of its own, and no longer there than the first."
+def _bars_at(place: int):
+    "Let progress bars of this process stand on a line of their own, and nowhere where lines stay, as in a log."
+    as_usual, here = tqdm.__init__, dict(position=place, leave=False) if sys.stderr.isatty() else dict(disable=True)
+    def placed(self, *args, **told): as_usual(self, *args, **told | here)
+    tqdm.__init__ = placed
+
+def _join(number, jobs: int, alive, lock):
+    "Make this process one of several: a GPU in turn, a share of the cores, a line for its progress bars, and no longer there than the first."
     Thread(target=_end_after, args=(alive,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first ends the others
     import torch
@@ -33,7 +39,8 @@ def _join(number, jobs: int, alive):
     with number: mine, number.value = number.value, number.value + 1
     if torch.cuda.is_available(): torch.cuda.set_device(mine % torch.cuda.device_count())
     torch.set_num_threads(max(1, torch.get_num_threads()//jobs))  # of those that it may use, which a scheduler or OMP_NUM_THREADS may have made fewer than there are
-    tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+    tqdm.set_lock(lock)
+    _bars_at(mine + 1)
     logging.disable_progress_bar()
 
 @lru_cache(maxsize=1)
@@ -55,7 +62,8 @@ def prepare(
     jobs = min(jobs, len(tasks))  # so that few tasks share all cores
     spawn = get_context('spawn')  # a forked process could not use the GPU
     alive, ours = spawn.Pipe(duplex=False)
-    with alive, ours, ProcessPoolExecutor(jobs, spawn, _join, (spawn.Value('i', 0), jobs, alive)) as pool:
+    tqdm.set_lock(lock := spawn.RLock())  # so that all write their bars in turn
+    with alive, ours, ProcessPoolExecutor(jobs, spawn, _join, (spawn.Value('i', 0), jobs, alive, lock)) as pool:
         try:
             running = [pool.submit(*task) for task in tasks]
             for done in tqdm(as_completed(running), total=len(running), desc='tasks', unit='task'): done.result()

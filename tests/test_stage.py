@@ -1,6 +1,7 @@
 "The stage as people run it: papermill from two places, and what it says to bad input."
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -163,6 +164,7 @@ def test_study_covers_the_domains_and_repeats_nothing(tmp_path):
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {'IN_TEST': '1'})
         assert done.returncode == 0, done.stderr[-2000:]
+        if not made: assert re.search(r'03_train \d+/\d+ cells \[\d\d:\d\d, .* 0/\d+ \[', done.stderr)  # what a cell is at
         made.append({p.parent.name: json.loads(p.read_text())['seconds'] for p in tmp_path.glob('*/*/manifest.json')})
         for domain in ('legal', 'health'): _slim(tmp_path/domain)
     assert made[0] == made[1] and len(made[0]) > 8 and not list(tmp_path.glob('**/adapter_model.safetensors'))
