@@ -323,11 +323,11 @@ def side_by_side(answers: pd.DataFrame, seed: int, prompts: str='final') -> list
 
 # %% ../nbs/03_train.ipynb #cell-050
 def finding(effect: pd.DataFrame, n_seeds: int) -> str: # Markdown
-    "What each charged arm removed and kept, with intervals."
+    "What each arm removed and kept, with intervals."
     def say(arm, measure): return by_judge(effect[(effect.arm == arm) & (effect.measure == measure)])
     rates = effect[effect.judge != '']
     judges, n = ' / '.join(sorted(set(rates.judge))), ' and '.join(map(str, sorted(set(rates.n))))
-    names = {'gate': 'a gate before the free run', 'gate+hold': 'a gate before the free run, holding where it is not sure', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'attribution': 'blocking as many latents by attribution', 'shift': 'blocking as many latents by shift', 'random': 'blocking random latents of equal size and activity'}
+    names = {'gate': 'gating the free run', 'gate+hold': 'gating it, with the held run in between,', 'hold': 'holding', 'late': 'holding afterwards', 'mend': 'mending', 'blocked': 'blocking', 'both': 'both', 'attribution': 'blocking as many latents by attribution', 'shift': 'blocking as many latents by shift', 'random': 'blocking random latents of equal size and activity'}
     parts = [f'- {name} removed {say(arm, "cut_final")} of the excess misalignment and kept {say(arm, "adherence_kept")} of the adherence'
              for arm, name in names.items() if arm in set(effect.arm)]
     if not parts: return 'No arm of this run was held or blocked.'
