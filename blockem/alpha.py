@@ -171,7 +171,7 @@ def select(
     size: int,
     rule: str='repair',
 ) -> pd.DataFrame:       # the chosen rows, best first
-    "The latents that fine-tuning will be charged for."
+    "The latents whose strengthening will be penalised."
     fit = table[passes(table, rule)]
     if fit.empty: raise ValueError(f'no latent passes the rule {rule!r}: the best induces {table.induce.max():.0%} and the best repairs {table.repair.max():.0%}; raise the budget, '
                                    "take the rule 'score', or shortlist more in 01_induce_repair")

@@ -18,13 +18,13 @@ from tqdm.auto import tqdm
 from .compare import within
 from .data import choose, load_domain
 from .evaluate import balance, bootstrap, by_judge, selection_prompts
-from .finetune import OnDomain, numbers, said_by, scaled, seeds_of, train_arm, train_charged
+from .finetune import OnDomain, numbers, said_by, scaled, seeds_of, train_arm, train_penalised
 from .mend import MEASURES, Trial, compared
 from .study import checked, get_preset
 from .sweep import opened
 
 # %% ../nbs/08_amplify.ipynb #amplify-006
-CONTROLS = dict(hold='free', late='longer') # way -> the same without a charge
+CONTROLS = dict(hold='free', late='longer') # way -> the same without a penalty
 
 class Parameters(OnDomain):
     "What a run of this notebook can be told."
@@ -71,7 +71,7 @@ def train_way(t: Trial, way: str, weight: float, seed: int) -> Path: # folder wi
     if way == 'free': return free
     if way == 'longer': return train_arm(t.study, t.lm, 'sft', t.pairs, seed, start=free)
     firm = replace(t.study, preset=replace(t.study.preset, hold=weight))
-    return train_charged(firm, t.lm, way, free, t.pairs, seed, t.dictionary, t.latents)
+    return train_penalised(firm, t.lm, way, free, t.pairs, seed, t.dictionary, t.latents)
 
 def said_at(t: Trial, way: str, weight: float, factor: float, seed: int) -> tuple: # as `said_by`
     "What it says to the selection prompts when it is amplified; trained and asked once."

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .data import Domain, choose, data_path, load_domain, load_prompts
 from .evaluate import balance, by_judge, contrasts, per_prompt, rate, selection_prompts
-from .finetune import OnDomain, said_by, said_gated, scaled, seeds_of, train_arm, train_charged, train_gate, training_pairs
+from .finetune import OnDomain, said_by, said_gated, scaled, seeds_of, train_arm, train_penalised, train_gate, training_pairs
 from .latents import Dictionary, best_latents, load_dictionary, load_latents, load_ranking, plain_directions, random_latents
 from .models import LM, decoder_blocks, load_model
 from .rounds import in_rounds, union
@@ -35,7 +35,7 @@ class Method:
     says: str           # what it does
     dial: str           # a preset field, or 'n' (latents), 'most' (latents that are added) or 'factor' (of an adapter)
     values: tuple
-    arm: str='blocked'  # 'sft' charges for nothing, 'blocked' for latents, 'hold' for the anchors' divergence, 'both' for both, 'gate' for nothing behind a gate; 'union' and 'rounds' diagnose and add latents
+    arm: str='blocked'  # 'sft' penalises nothing, 'blocked' latents, 'hold' the anchors' divergence, 'both' both; 'gate' is 'sft' behind a gate; 'union' and 'rounds' diagnose and add latents
     by: str='contribution' # how the latents are chosen, a key of `CHOSEN`
     n: int=0            # how many, 0 for as many as the set that was chosen by attribution
     changes: dict=field(default_factory=dict) # preset fields
@@ -46,13 +46,13 @@ _ratios, _weights = (10., 30., 100.), (.1, .3, 1.)
 _wide, _own = dict(anchor_prompts='core+general'), dict(anchor_prompts='core+general', anchor_answers='own')
 _small = dict(_wide, anchors=2)
 METHODS = {
-    'less training': Method('control: no charge, fewer rows', 'rows', (50, 100, 200), 'sft'),
+    'less training': Method('control: no penalty, fewer rows', 'rows', (50, 100, 200), 'sft'),
     'weaker adapter': Method("control: the free run's adapter, what it adds times a factor", 'factor', (.25, .5, .75), 'sft'),
-    'longer free run': Method('control: no charge, for longer', 'epochs', (4,), 'sft'),
-    'free run in smaller steps': Method('control: no charge, in twice as many steps of half as many rows', 'batch', (4,), 'sft'),
-    'longer free run in smaller steps': Method('control: no charge, twice as long in such steps', 'epochs', (4,), 'sft', changes=dict(batch=4)),
-    'free run of higher rank': Method('control: no charge, adapters of higher rank', 'rank', (64,), 'sft'),
-    'free run in all blocks': Method('control: no charge, adapters in every block', 'last_layer', (29,), 'sft'),
+    'longer free run': Method('control: no penalty, for longer', 'epochs', (4,), 'sft'),
+    'free run in smaller steps': Method('control: no penalty, in twice as many steps of half as many rows', 'batch', (4,), 'sft'),
+    'longer free run in smaller steps': Method('control: no penalty, twice as long in such steps', 'epochs', (4,), 'sft', changes=dict(batch=4)),
+    'free run of higher rank': Method('control: no penalty, adapters of higher rank', 'rank', (64,), 'sft'),
+    'free run in all blocks': Method('control: no penalty, adapters in every block', 'last_layer', (29,), 'sft'),
     'plain block': Method('latents, read on the training rows, as in the paper', 'ratio', _ratios, changes=dict(anchors=0)),
     'anchored block': Method('latents, read on anchors', 'ratio', _ratios),
     'wide block': Method('latents, read on more anchors', 'ratio', _ratios, changes=_wide),
@@ -68,7 +68,7 @@ METHODS = {
     'streams': Method('all that every sixth block hands on', 'ratio', _ratios, by='streams'),
     'outside': Method('all that the dictionary leaves over', 'ratio', (10.,), by='outside'),
     'mean shift': Method('the mean shift of all that every sixth block hands on', 'ratio', (10.,), by='streams', changes=dict(drift='mean')),
-    'gate': Method('no charge: the free run acts where the base recognises the domain', 'gate', (.1, .3, .5, .7, .9), 'gate', changes=_wide),
+    'gate': Method('no penalty: the free run acts where the base recognises the domain', 'gate', (.1, .3, .5, .7, .9), 'gate', changes=_wide),
     'hold': Method('divergence from the base on anchors', 'hold', _weights, 'hold'),
     'wide hold': Method('divergence on more anchors', 'hold', (*_weights, 3.), 'hold', changes=_wide),
     'longer wide hold': Method('divergence on more anchors, for longer', 'epochs', (4,), 'hold', changes=_wide, free='longer free run'),
@@ -163,12 +163,12 @@ def misalignment_directions(reference: Path, lm: LM, layer: int) -> tuple: # (di
     return plain_directions({at: rows[at:at + 1] for at in range(len(rows)//4, layer + 1)}, 'directions')
 
 def whole_stream(lm: LM, layers: list) -> tuple: # (dictionary, latents)
-    "Every coordinate of what some blocks hand on, priced either way."
+    "Every coordinate of what some blocks hand on, penalised either way."
     axes = torch.eye(lm.model.config.hidden_size, device=lm.device)
     return plain_directions({layer: axes for layer in layers}, f'stream after {layers}', both=True)
 
 def outside_of(lm: LM, dictionary: Dictionary) -> tuple: # (dictionary, latents)
-    "Every coordinate of what a dictionary does not describe, priced either way."
+    "Every coordinate of what a dictionary does not describe, penalised either way."
     return plain_directions({dictionary.layer: torch.eye(lm.model.config.hidden_size, device=lm.device)}, f'outside {dictionary.name}', both=True, outside=dictionary)
 
 def by_attribution(preset) -> str: # for `load_latents` and `load_ranking`
@@ -204,7 +204,7 @@ def train_method(t: Trial, name: str, setting: float, seed: int) -> Path: # a fo
     following = (t.lm, pairs, dictionary, latents, t.ranking, load_prompts('core'), free, seed)
     if m.arm == 'union': return union(study, *following, setting)[0]
     if m.arm == 'rounds': return in_rounds(replace(study, preset=replace(study.preset, epochs=max(1, study.preset.epochs//2))), *following, 2)[-1][0]
-    return train_charged(study, t.lm, m.arm, free, pairs, seed, dictionary, latents)
+    return train_penalised(study, t.lm, m.arm, free, pairs, seed, dictionary, latents)
 
 def said_in(t: Trial, name: str, setting: float, seed: int) -> tuple: # as `said_by`
     "What one method at one setting says to the selection prompts; trained and asked once."

@@ -238,7 +238,7 @@ def contrasts(
     answers: pd.DataFrame,     # of all arms and seeds
     likelihoods: pd.DataFrame, # likewise
 ) -> pd.DataFrame:             # arm, judge, measure, value, low, high, n
-    "What each charged arm changes against the free run: excess EM cut and adherence kept per judge, and the same on margins."
+    "What each arm changes against the free run: excess EM cut and adherence kept per judge, and the same on margins."
     rows, present = [], [a for a in answers.arm.unique() if a not in ('base', 'correct', 'sft')]
     def add(arm, judge, measure, paired, statistic): rows.append((arm, judge, measure, *bootstrap(paired, statistic), paired.shape[1]))
     for arm in present:

@@ -255,7 +255,7 @@ class LatentSet:
         return torch.tensor(self.table.latent.values)
     @property
     def sign(self) -> Tensor:
-        "+1 where a rise is charged, -1 where a fall is, (K,)."
+        "+1 where a rise is penalised, -1 where a fall is, (K,)."
         return torch.tensor(self.table.sign.values, dtype=torch.float32)
     def __len__(self): return len(self.table)
     def _repr_html_(self): return self.table.style.hide(axis='index').format(precision=4).to_html()
@@ -329,7 +329,7 @@ def random_latents(
 def plain_directions(
     rows: dict,       # decoder block -> directions in what it hands on, (n, width)
     name: str,
-    both: bool=False, # price movement either way, not only along
+    both: bool=False, # penalise movement either way, not only along
     outside: Dictionary=None, # of the same block: read only what it leaves over
 ) -> tuple:           # (Dictionary, LatentSet)
     "Directions as a dictionary of latents that may be negative, and the set of all of them."

@@ -22,7 +22,7 @@ from .compare import incoherent, within
 from .data import Domain, load_domain, project_root, sha256
 from .directions import check_base
 from .evaluate import by_judge, contrasts, selection_prompts
-from .finetune import OnDomain, numbers, said_by, seeds_of, train_arm, train_charged, training_pairs
+from .finetune import OnDomain, numbers, said_by, seeds_of, train_arm, train_penalised, training_pairs
 from .latents import LatentSet, load_dictionary, load_latents
 from .models import LM, adapter_weights, load_model
 from .study import Study, checked, get_preset
@@ -68,7 +68,7 @@ class Trial:
     lm: LM
     domain: Domain      # from `within`
     dictionary: object
-    latents: LatentSet  # what a block would have charged, for the log
+    latents: LatentSet  # what a block would penalise, for the log
     pairs: list         # of (messages, answer), what is learned
     judges: str = 'lexical,probe'
     adapter: str = ''   # to mend, '' to train one
@@ -98,10 +98,10 @@ def free_run(t: Trial, seed: int) -> Path:
 def train_all(t: Trial, seed: int, weights: list) -> dict: # name -> folder
     "The free run of a seed and what mends it; beside a free run of our own, the other ways and the control."
     study, free = t.study, free_run(t, seed)
-    def charged(study, arm, **more): return train_charged(study, t.lm, arm, free, t.pairs, seed, t.dictionary, t.latents, **more)
-    mended = {f'mend {w:g}': charged(replace(study, preset=replace(study.preset, mend=w)), 'mend') for w in weights}
+    def penalised(study, arm, **more): return train_penalised(study, t.lm, arm, free, t.pairs, seed, t.dictionary, t.latents, **more)
+    mended = {f'mend {w:g}': penalised(replace(study, preset=replace(study.preset, mend=w)), 'mend') for w in weights}
     if t.adapter: return dict(sft=free) | mended
-    others = dict(longer=train_arm(study, t.lm, 'sft', t.pairs, seed, start=free), hold=charged(study, 'hold'), late=charged(study, 'late'))
+    others = dict(longer=train_arm(study, t.lm, 'sft', t.pairs, seed, start=free), hold=penalised(study, 'hold'), late=penalised(study, 'late'))
     control = train_arm(study, t.lm, 'mend', t.pairs, seed, t.dictionary, t.latents, hold=study.preset.mend, start=free, taught=free)
     return dict(sft=free) | others | {ON_ROWS: control} | mended
 
@@ -115,7 +115,7 @@ def ask_all(t: Trial, seed: int, runs: dict) -> tuple: # (answers, likelihoods),
 
 # %% ../nbs/07_mend.ipynb #mend-013
 def logs(runs: dict) -> pd.DataFrame: # seed, arm, step, loss, divergence
-    "The training logs of everything that pays on anchors."
+    "The training logs of everything that is penalised on anchors."
     read = lambda folder: pd.read_json(folder/'steps.jsonl', lines=True)
     return pd.concat([read(folder).assign(arm=arm, seed=seed) for seed, some in runs.items() for arm, folder in some.items() if arm not in ('sft', 'longer')], ignore_index=True)
 

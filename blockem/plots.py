@@ -575,15 +575,15 @@ def _line_per_seed(fig, row: int, steps, column: str, name: str, colour: str):
 # %% ../nbs/lib/08_plots.ipynb #cell-089
 def curves(
     steps,        # data frame: arm, seed, step, loss (nats/token), penalty (unweighted) or divergence (nats/token)
-    charge: str='penalty', # what the lower panel shows: 'penalty' or 'divergence'
+    term: str='penalty', # what the lower panel shows: 'penalty' or 'divergence'
 ) -> go.Figure:   # two stacked panels
-    "SFT loss and what is charged for by optimiser step, one colour per arm."
+    "SFT loss and what is penalised by optimiser step, one colour per arm."
     fig, seeds = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.06), steps.seed.nunique()
     _only(steps, ['arm', 'seed', 'step'], 'curves')
     for name, colour in arm_colours(steps.arm).items():
         mine = steps[steps.arm == name]
-        for row, column in enumerate(['loss', charge], 1): _line_per_seed(fig, row, mine, column, name, colour)
-    fig.update_yaxes(title='SFT loss (nats/token)', row=1).update_yaxes(title=dict(penalty='penalty', divergence='divergence (nats/token)')[charge], type='log', row=2)
+        for row, column in enumerate(['loss', term], 1): _line_per_seed(fig, row, mine, column, name, colour)
+    fig.update_yaxes(title='SFT loss (nats/token)', row=1).update_yaxes(title=dict(penalty='penalty', divergence='divergence (nats/token)')[term], type='log', row=2)
     note = 'one seed' if seeds == 1 else f'bold: mean of {seeds} seeds; thin: each seed'
     fig.update_xaxes(title='optimiser step', row=2)
     return fig.update_layout(height=520, title_text='Training', title_subtitle_text=note)

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from .data import Domain, choose, load_domain, load_prompts, project_root
 from .evaluate import bootstrap, excess_cut, kept, paired, paired_shares, per_prompt, percentiles, rate, result_prompts
-from .finetune import GATED, OnDomain, said_by, said_gated, seeds_of, train_arm, train_charged, train_gate, training_pairs
+from .finetune import GATED, OnDomain, said_by, said_gated, seeds_of, train_arm, train_penalised, train_gate, training_pairs
 from .latents import Dictionary, LatentSet, encode, load_dictionary, load_latents, load_ranking, reconstruct
 from .models import LM, batches, load_model, margins, resid_post, tokenise_all
 from .rounds import in_rounds
@@ -49,7 +49,7 @@ class Parameters(OnDomain):
 
     @property
     def arm_list(self) -> list: # of str
-        "The charged arms that are followed; `blocked`, which is diagnosed, first."
+        "The penalised arms that are followed; `blocked`, which is diagnosed, first."
         wanted = [choose(a.strip(), FOLLOWED, 'arm') for a in self.arms.split(',') if a.strip()]
         if 'gate+hold' in wanted: wanted += ['gate', 'hold']
         return [a for a in FOLLOWED if a in wanted or a == 'blocked']
@@ -119,13 +119,13 @@ def long_run(
     if arm == 'gate': return train_gate(long.study, long.lm, long.pairs)
     if arm == 'gate+hold': arm = 'hold'
     free = None if arm == 'hold' else train_arm(long.study, long.lm, 'sft', long.pairs, seed, keep=long.looks)
-    return free if arm == 'sft' else train_charged(long.study, long.lm, arm, free, long.pairs, seed, long.dictionary, long.latents, at=f'at-{long.looks[0]}', keep=long.looks)
+    return free if arm == 'sft' else train_penalised(long.study, long.lm, arm, free, long.pairs, seed, long.dictionary, long.latents, at=f'at-{long.looks[0]}', keep=long.looks)
 
 def in_turn(
     long: LongRuns,
     seed: int,
     rounds: int,
-) -> tuple: # (the free run of the usual length, and per round (folder, the set that it was charged for))
+) -> tuple: # (the free run of the usual length, and per round (folder, the set that was blocked))
     "The runs of the usual length: the free one, the blocked one that is diagnosed, and those that follow what took over."
     free = train_arm(long.usual, long.lm, 'sft', long.pairs, seed)
     return free, in_rounds(long.usual, long.lm, long.pairs, long.dictionary, long.latents, long.ranking, load_prompts('core')[:long.limit or None], free, seed, rounds)

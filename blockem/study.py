@@ -37,8 +37,8 @@ class Preset:
     targets: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj') # TOML has lists
     last_layer: int = Field(-1, ge=-1) # adapters up to this decoder block only, -1 = all blocks
     first_layer: int = Field(0, ge=0)  # adapters from this decoder block on
-    ratio: float = Field(100., ge=0) # lambda 'auto' = ratio x (SFT loss gained) / (penalty paid) by the free run
-    anchors: int = Field(0, ge=0) # texts outside the domain that are charged for, per step; 0 = the penalty is read on the training rows
+    ratio: float = Field(100., ge=0) # lambda 'auto' = ratio x (SFT loss gained) / (penalty of its drift), both of the free run
+    anchors: int = Field(0, ge=0) # texts outside the domain that the penalty is read on, per step; 0 = it is read on the training rows
     anchor_prompts: Literal['core', 'core+general'] = 'core' # the selection prompts, or 'core+general': with the general questions that no recipe is measured on
     near: int = Field(0, ge=0)   # the first questions of every other bundled domain that are anchors too
     anchor_answers: Literal['both', 'correct', 'own'] = 'both' # of the anchors: 'both' written ones, the 'correct' one, or the base's 'own'

@@ -124,7 +124,7 @@ def leads(answers: pd.DataFrame, arm: str, other: str): # yields rows of `contra
 def across(
     answers: pd.DataFrame, likelihoods: pd.DataFrame, # from `gather`
 ) -> pd.DataFrame: # domain ('all' pools them), arm, judge, measure, value, low, high, n
-    "What each charged arm changes, by domain and over all of them, and how far those of `LEADING` are ahead of the others."
+    "What each arm changes, by domain and over all of them, and how far those of `LEADING` are ahead of the others."
     tables, domains = [], list(answers.domain.unique())
     for name in [*domains, 'all'] if len(domains) > 1 else domains:
         ours = lambda t: t if name == 'all' else t[t.domain == name]
