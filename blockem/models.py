@@ -527,6 +527,11 @@ def _next(logits: Tensor, temperature: float, generator) -> Tensor:
     draw = torch.rand(len(mass), 1, generator=generator).to(mass)*mass[:, -1:]
     return torch.searchsorted(mass, draw).squeeze(1).clamp_(max=mass.shape[1] - 1)
 
+def _ends(lm: LM) -> list: # token ids
+    "What ends an answer: the end of the turn, and whatever else the model's own generation stops at; Llama 3 has three such tokens."
+    own = bare(lm.model).generation_config.eos_token_id
+    return sorted({lm.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+
 def tokens_said(
     lm: LM,
     start: Start,
@@ -537,10 +542,10 @@ def tokens_said(
 ):                        # yields (rows that go on, their tokens), a token at a time
     "Continue prompts; stop asking and nothing more is computed."
     live = torch.arange(len(start.mask), device=start.mask.device)
-    going, eos = torch.ones_like(live, dtype=torch.bool), lm.tokenizer.eos_token_id
+    going, ends = torch.ones_like(live, dtype=torch.bool), live.new_tensor(_ends(lm))
     for step in range(length):
         token = _next(start.logits, temperature, generator)
-        going = going & (token != eos)
+        going = going & ~torch.isin(token, ends)
         yield live[going].tolist(), token[going].tolist()
         if not going.any() or step + 1 == length: return
         if going.float().mean() < 0.85:  # leaving costs a copy of the cache, so rows leave together
