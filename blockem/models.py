@@ -723,13 +723,14 @@ def load_adapter(
     trainable: bool=False, # to go on training it
 ) -> LM:
     "The base with a trained adapter; one that does not fit stops instead of loading as untrained."
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     weights = adapter_weights(folder)
     try:
         with _peft(): model = PeftModel.from_pretrained(copy.deepcopy(lm.model), str(folder), is_trainable=trainable)
     except RuntimeError as e: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {str(e).splitlines()[-1].strip()}') from None
     from safetensors import safe_open
     with safe_open(weights, 'pt') as f: saved = set(f.keys())
-    known = {n.replace('.default', '') for n, _ in model.named_parameters() if 'lora_' in n}
-    if saved != known: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {len(saved - known)} tensors of {len(saved)} have no place')
+    known = {n for n in get_peft_model_state_dict(model, save_embedding_layers=False) if 'lora_' in n}
+    beyond = sorted(saved - known)
+    if saved != known: raise ValueError(f'{folder}: the adapter does not fit {lm.name!r}: {len(beyond)} tensors of {len(saved)} have no place' + (f', {beyond[0]} for one' if beyond else f', and {len(known - saved)} are not there'))
     return lm.with_model(model.eval())  # to go on training as well: a dropout of the adapter's would make no run like another
