@@ -676,9 +676,11 @@ def add_lora(
 def to_read(
     lm: LM, # plain Hugging Face, in any precision
 ) -> LM:    # in `fast_dtype`
-    "A model as it answers and is read: a copy where its precision is another."
+    "A model as it answers and is read: a copy where its precision is another, made in that one at once, as a whole one more may not fit on a GPU."
     dtype = fast_dtype(lm.device.type)
-    return lm if lm.model.dtype == dtype else lm.with_model(copy.deepcopy(lm.model).to(dtype).eval())
+    if lm.model.dtype == dtype: return lm
+    rounded = {id(w): torch.nn.Parameter(w.detach().to(dtype, copy=True), w.requires_grad) for w in lm.model.parameters()}
+    return lm.with_model(copy.deepcopy(lm.model, rounded).to(dtype).eval())
 
 def adapted(
     base: LM,
