@@ -862,9 +862,9 @@ class ChatJudge(AskedJudge):
                                f'the model and the key in {self.key_env}: {self._said(body)}')
 
     def ask(self, texts: list): # yields (index, Verdict)
-        "All replies, as they come; then it stops if some did not, and where the first `at_once` get none the rest is not asked."
+        "All replies, as they come; then it stops if some did not, and where the first `at_once` or a `FEW` in a row get none the rest is not asked."
         _secret(self.key_env)
-        came, lacking, left = 0, [], iter(enumerate(texts))
+        came, lost, lacking, left = 0, 0, [], iter(enumerate(texts))
         with httpx.Client(timeout=self.timeout) as client, ThreadPoolExecutor(self.at_once) as pool:
             asked = lambda n: {pool.submit(self._one, client, text): i for i, text in islice(left, n)}
             jobs = asked(self.at_once)
@@ -872,11 +872,13 @@ class ChatJudge(AskedJudge):
                 for job in wait(jobs, return_when=FIRST_COMPLETED).done:
                     i = jobs.pop(job)
                     try: verdict = job.result()
-                    except NoReply as e: lacking.append(str(e))
+                    except NoReply as e:
+                        lacking.append(str(e))
+                        lost += 1
                     else:
-                        came += 1
+                        came, lost = came + 1, 0
                         yield i, verdict
-                if came: jobs |= asked(self.at_once - len(jobs))
+                if came and lost < FEW: jobs |= asked(self.at_once - len(jobs))  # one that hangs would take minutes over each of the others
         if lacking: raise JudgeServerError(f'{len(lacking)} of {came + len(lacking)} answers got no reply from {self.name} at {self.url} '
                                            f'({lacking[0]}); run again: the verdicts that came are kept')
 
