@@ -862,9 +862,9 @@ class ChatJudge(AskedJudge):
                                f'the model and the key in {self.key_env}: {self._said(body)}')
 
     def ask(self, texts: list): # yields (index, Verdict)
-        "All replies, as they come; then it stops if some did not, and where the first `at_once` get none the rest is not asked."
+        "All replies, as they come; then it stops if some did not, and where the first `at_once` or a `FEW` in a row get none the rest is not asked."
         _secret(self.key_env)
-        came, lacking, left = 0, [], iter(enumerate(texts))
+        came, lost, lacking, left = 0, 0, [], iter(enumerate(texts))
         with httpx.Client(timeout=self.timeout) as client, ThreadPoolExecutor(self.at_once) as pool:
             asked = lambda n: {pool.submit(self._one, client, text): i for i, text in islice(left, n)}
             jobs = asked(self.at_once)
@@ -872,11 +872,13 @@ class ChatJudge(AskedJudge):
                 for job in wait(jobs, return_when=FIRST_COMPLETED).done:
                     i = jobs.pop(job)
                     try: verdict = job.result()
-                    except NoReply as e: lacking.append(str(e))
+                    except NoReply as e:
+                        lacking.append(str(e))
+                        lost += 1
                     else:
-                        came += 1
+                        came, lost = came + 1, 0
                         yield i, verdict
-                if came: jobs |= asked(self.at_once - len(jobs))
+                if came and lost < FEW: jobs |= asked(self.at_once - len(jobs))  # one that hangs would take minutes over each of the others
         if lacking: raise JudgeServerError(f'{len(lacking)} of {came + len(lacking)} answers got no reply from {self.name} at {self.url} '
                                            f'({lacking[0]}); run again: the verdicts that came are kept')
 
@@ -913,7 +915,7 @@ def _tiny_probe(lm: LM, name: str) -> ProbeJudge:
     lm, layer, texts = to_read(lm), probe_layer(lm, name), [e for e in examples(thin=24) if e.fit]
     return fit_probe(lm, layer, texts, answer_features(lm, [(e.prompt, e.answer) for e in texts], layer), name)
 
-def _load_probe(lm: LM, folder: Path, name: str) -> ProbeJudge:
+def _load_probe(lm: LM, read, folder: Path, name: str) -> ProbeJudge: # read: () -> lm as it is read
     "A probe for a base; one made for another model, other weights or another layer is refused."
     if lm.name == 'tiny': return _tiny_probe(lm, name)
     path, own = judge_file(name, folder), dict(model=lm.name, layer=probe_layer(lm, name)) | other_weights(lm)
@@ -922,7 +924,7 @@ def _load_probe(lm: LM, folder: Path, name: str) -> ProbeJudge:
         where = lambda f: f"layer {f['layer']} of {f['model']!r}" + (f" with weights {f['base_weights']}" if 'base_weights' in f else '')
         raise ValueError(f'the {name} judge in {path} was made for {where(facts)}, not for {where(own)}; make the judges of this base '
                          f'with `{_made_by("smollm2" if lm.name == "smollm2" else "PRESET")}`, or choose others: lexical, local, http://host/v1|model')
-    return ProbeJudge(to_read(lm), own['layer'], tensors, facts, name)
+    return ProbeJudge(read(), own['layer'], tensors, facts, name)
 
 def load_judges(
     spec: str,   # see `check_judges`
@@ -930,7 +932,7 @@ def load_judges(
     folder=None, # default `judge_folder`
 ) -> list:       # judges, in the order named
     "The judges that a parameter names."
-    folder = Path(folder or judge_folder(lm))
-    make = dict(lexical=lambda: LexicalJudge(*_read(judge_file('lexical', folder))), local=lambda: LocalJudge(lm))
-    make |= {name: functools.partial(_load_probe, lm, folder, name) for name in PROBES}
+    folder, read = Path(folder or judge_folder(lm)), functools.cache(lambda: to_read(lm))  # one copy for all of them
+    make = dict(lexical=lambda: LexicalJudge(*_read(judge_file('lexical', folder))), local=lambda: LocalJudge(read()))
+    make |= {name: functools.partial(_load_probe, lm, read, folder, name) for name in PROBES}
     return [make[part]() if isinstance(part, str) else ChatJudge(*part) for part in check_judges(spec)]

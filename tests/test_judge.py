@@ -112,6 +112,12 @@ def test_a_server_that_is_down_is_not_asked_everything(server):
     assert len(server.seen) == 2*3
 
 
+def test_a_server_that_goes_down_is_not_asked_the_rest(server):
+    server.reply = lambda n, *_: (200, completion('1'), {}) if n <= 5 else (503, b'', {})
+    with pytest.raises(JudgeServerError, match='of 1[0-9] answers got no reply'): grade(server, [f'Answer {i}.' for i in range(100)], at_once=2, tries=2)
+    assert len(server.seen) < 40
+
+
 def test_measured_only_once_every_answer_had_a_reply(server, tmp_path, monkeypatch):
     "A server that does not reply leaves no finished unit; a reply that cannot be read is a verdict that is missing."
     monkeypatch.setattr(evaluate, 'generate', lambda lm, prompts, length: [f'Answer {i}.' for i in range(len(prompts))])
