@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .latents import Dictionary, encode
-from .models import LM, autocast, batches, resid_post, tokenise, tokenise_all
+from .models import LM, autocast, bare, batches, resid_post, tokenise, tokenise_all
 from .plots import View, escape, hover
 
 # %% ../nbs/lib/13_cards.ipynb #cell-005
@@ -72,8 +72,9 @@ def logit_effect(
     n: int=8,
 ) -> tuple:            # likelier and unlikelier tokens, each [(token, effect)], in units of the normalised residual stream; the order is what counts
     "The tokens that a direction speaks for and against."
-    inner = lm.model.get_base_model() if hasattr(lm.model, 'get_base_model') else lm.model
-    head, gain = lm.model.get_output_embeddings().weight.float(), inner.model.norm.weight.float()
+    head = lm.model.get_output_embeddings().weight
+    probe = torch.ones_like(head[0]).index_fill_(0, torch.arange(1, head.shape[1], 2, device=head.device), -1)  # of mean square one, so that the norm hands on its gain
+    head, gain = head.float(), (bare(lm.model).model.norm(probe)*probe).float()  # which is one more than its weight where models are made like Gemma
     effect = head @ (direction.to(head)/direction.norm()*gain)
     effect = effect - effect.mean()  # a shift of all logits changes nothing
     shown = lambda order: [(lm.tokenizer.decode(int(i)), effect[i].item()) for i in order]

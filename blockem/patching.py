@@ -40,6 +40,11 @@ def _read(lm: LM, ids: Tensor, cache) -> Tensor: # ids of one row, (1, time); (b
     "Final hidden states of a text that goes on from a cache, which takes its keys and values in."
     return bare(lm.model).model(ids, past_key_values=cache, use_cache=True)[0]
 
+def _states(lm: LM, ids: Tensor, cache, layers: list) -> dict: # layer -> (1, time, width)
+    "The states after some blocks of a text that goes on from a cache; the hooks are gone before another model reads, which may be the same."
+    with capture(lm.model, layers) as states: _read(lm, ids, cache)
+    return states
+
 def _behind(cache): # DynamicCache
     "A prompt's cache for an answer to it: three rows for each that has branched before a layer, behind the first."
     from transformers import DynamicCache
@@ -58,22 +63,21 @@ def _mean_log_prob(lm: LM, hidden: Tensor, ids: Tensor) -> Tensor: # hidden stat
 def patched_margins(
     host: LM, donor: LM, # to read from, the same architecture
     rows: list,          # of `Row` with both answers
-    layers: list,        # block indices
+    layers: list,        # block indices; -1, the host as it is, is always there
 ) -> pd.DataFrame:       # columns id, tokens (of `TOKENS`), layer (-1 is the host as it is), value in nats per token
     "The host's margin for the incorrect answer with the donor's states after each of some blocks."
     from transformers import DynamicCache
-    layers, found = sorted(layers), []
+    layers, found = sorted(set(layers) - {-1}), []
     for row in tqdm(rows, desc='patched', unit='prompt'):
         prompt, *answers = (torch.tensor([ids], device=host.device) for ids in (tokenise(host, row.messages).ids, *completion_ids(host, [row.incorrect, row.correct])))
         read, given, said = DynamicCache(), DynamicCache(), []
-        with capture(donor.model, layers) as states:
-            _read(donor, prompt, given)
-            with branching(host.model, {layer: lambda own, layer=layer: states[layer] for layer in layers}): last = _read(host, prompt, read)[_rows(len(layers)), -1:]
-            for answer in answers:
-                _read(donor, answer, _behind(given))
-                with branching(host.model, {layer: lambda own, layer=layer: torch.cat([own, states[layer], states[layer]]) for layer in layers}):
-                    hidden = torch.cat([last, _read(host, answer, _behind(read))[:, :-1]], 1)
-                said.append([_mean_log_prob(host, torch.cat([hidden[:1], hidden[1 + kind::3]]), answer) for kind in range(3)])
+        states = _states(donor, prompt, given, layers)
+        with branching(host.model, {layer: lambda own, layer=layer: states[layer] for layer in layers}): last = _read(host, prompt, read)[_rows(len(layers)), -1:]
+        for answer in answers:
+            states = _states(donor, answer, _behind(given), layers)
+            with branching(host.model, {layer: lambda own, layer=layer: torch.cat([own, states[layer], states[layer]]) for layer in layers}):
+                hidden = torch.cat([last, _read(host, answer, _behind(read))[:, :-1]], 1)
+            said.append([_mean_log_prob(host, torch.cat([hidden[:1], hidden[1 + kind::3]]), answer) for kind in range(3)])
         for tokens, incorrect, correct in zip(TOKENS, *said):
             found += [dict(id=row.id, tokens=tokens, layer=layer, value=value) for layer, value in zip([-1, *layers], (incorrect - correct).tolist())]
     return pd.DataFrame(found)

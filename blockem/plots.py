@@ -8,7 +8,7 @@ __all__ = ['ARM_COLOURS', 'OTHER_COLOURS', 'DRAW', 'COLUMNS', 'CELL', 'SYMBOLS',
            'token_view', 'answers', 'report']
 
 # %% ../nbs/lib/08_plots.ipynb #cell-002
-import base64, html, io, itertools, json, re, textwrap
+import base64, html, io, itertools, json, re, textwrap, warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -546,7 +546,10 @@ class BlockemRenderer(pio.base_renderers.MimetypeRenderer):
         "Both faces of a figure."
         bundle = pio.base_renderers.PlotlyRenderer().to_mimebundle(fig_dict)
         for face in bundle.values(): face['layout'].setdefault('height', pio.templates['blockem'].layout.height)  # JupyterLab reads no height from a template, and would make it 360
-        return bundle | {'image/png': base64.b64encode(to_png(fig_dict)).decode()}
+        try: return bundle | {'image/png': base64.b64encode(to_png(fig_dict)).decode()}
+        except Exception as e:  # plotly draws more than is drawn here
+            warnings.warn(f'this figure is shown in JupyterLab only: a static page would need a picture, which blockem.plots.to_png cannot draw ({type(e).__name__}: {e})')
+            return bundle
 
 pio.renderers['blockem'] = BlockemRenderer()
 pio.renderers.default = 'blockem'

@@ -42,6 +42,8 @@ class Steering:
     @classmethod
     def of(cls, dictionary: Dictionary, latents: list, scale: float, where: str='response'):
         "The decoder directions of some latents."
+        beyond = [k for k in latents if not 0 <= k < len(dictionary.W_dec)]
+        if beyond: raise ValueError(f'latents {beyond} do not exist; {dictionary.name!r} has 0 ... {len(dictionary.W_dec) - 1}, and -1 in a table is the model left alone')
         rows = dictionary.W_dec[torch.tensor(list(latents))]
         return cls(dictionary.layer, rows/rows.norm(dim=1, keepdim=True), scale, where)
 
@@ -88,14 +90,14 @@ def stream(
     length: int=48,
 ):                        # yields the answer so far
     "One steered answer, token by token; several directions add up."
-    vector = steering.push(list(alphas), list(alphas.values())).sum(0, keepdim=True)
-    with contextlib.ExitStack() as hooks:
-        if steering.where == 'all': hooks.enter_context(pushing(lm.model, steering.layer, vector))
-        start, ids = prefill(lm, [tokenise(lm, prompt)]), []
-        if steering.where == 'response': hooks.enter_context(pushing(lm.model, steering.layer, vector))
-        for live, tokens in tokens_said(lm, start, length):
-            ids += tokens
-            yield lm.tokenizer.decode(ids, skip_special_tokens=True)
+    push = lambda: pushing(lm.model, steering.layer, steering.push(list(alphas), list(alphas.values())).sum(0, keepdim=True))
+    with push() if steering.where == 'all' else contextlib.nullcontext(): start = prefill(lm, [tokenise(lm, prompt)])
+    said, ids = tokens_said(lm, start, length), []
+    while True:
+        with push(): live, tokens = next(said, (None, None))
+        if live is None: return
+        ids += tokens
+        yield lm.tokenizer.decode(ids, skip_special_tokens=True)
 
 # %% ../nbs/lib/04_steer.ipynb #cell-017
 def _chunks(things: list, size: int): # yields lists

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .data import project_root
 from .judge import in_a_word
-from .latents import Dictionary, set_of
+from .latents import Dictionary, load_latents, set_of
 from .plots import View, escape
 from .steer import Steering, stream
 
@@ -75,10 +75,11 @@ class AlphaSliders:
         curve: pd.DataFrame=None, # latent, sign, side, alpha, misaligned, incoherent: what the calibration found
         file='',                # where 'add to K' writes; default `runs/latents-by-hand.json` in the project, wherever the kernel runs
         length: int=48, reach: float=1.,  # longest answer; largest strength
+        where: str='response',  # which tokens are pushed, as in `Steering`
     ):
         self.models, self.dictionary, self.judges, self.length, self.curve = models, dictionary, list(judges), length, curve
-        self.latents, self.file, self.ranking, self.chosen = [int(k) for k in latents], Path(file or project_root()/'runs/latents-by-hand.json').absolute(), ranking, {}
-        self.steering = Steering.of(dictionary, self.latents, scale)
+        self.latents, self.file, self.ranking = [int(k) for k in latents], Path(file or project_root()/'runs/latents-by-hand.json').absolute(), ranking
+        self.steering = Steering.of(dictionary, self.latents, scale, where)
         self._build(prompts, reach)
         self.worker = Worker(self._answer, lambda e: setattr(self.point, 'value', _fault(e)))  # where it stands until the next wish
         self._ask()
@@ -93,7 +94,7 @@ class AlphaSliders:
         self.latent = W.Dropdown(options=self.latents, description='latent')
         self.sign = W.ToggleButtons(options=[('blocks its rise', 1), ('blocks its fall', -1)], tooltips=['K+', 'K-'])
         self.add = W.Button(description='add to K', tooltip='Put the latent into the set of latents to block', button_style='primary')
-        self.note, self.point = W.HTML(_status('nothing chosen yet')), W.HTML(_status(''))
+        self.note, self.point = W.HTML(_status(f'goes on with the set in {self.file}; delete it to begin anew' if self.file.is_file() else 'nothing chosen yet')), W.HTML(_status(''))
         for control in (self.prompt, *self.alphas.values()): control.observe(lambda change: self._ask(), 'value')
         self.add.on_click(lambda button: self._add())
         self.widget = W.VBox([self.prompt, *self.alphas.values(), W.HBox(list(self.panels.values())), self.point, W.HBox([self.latent, self.sign, self.add]), self.note])
@@ -143,11 +144,11 @@ class AlphaSliders:
         except Exception as e: self.note.value = _fault(e)
 
     def add_to_set(self, latent: int, sign: int) -> Path: # the file
-        "Put a latent into the set and write it."
-        chosen = self.chosen | {int(latent): int(sign)}
+        "Put a latent into the set that the file holds, which may be of another day, and write it."
+        there = load_latents(self.file, self.dictionary).table[['latent', 'sign']].values.tolist() if self.file.is_file() else []
+        chosen = dict(there) | {int(latent): int(sign)}
         set_of(self.ranking, chosen, rule='by hand', **self.dictionary.facts).save(self.file)
-        self.chosen = chosen
-        self.note.value = _status(f'K = {", ".join(f"{k} ({s:+d})" for k, s in self.chosen.items())}, written to {self.file}')
+        self.note.value = _status(f'K = {", ".join(f"{k} ({s:+d})" for k, s in chosen.items())}, written to {self.file}')
         return self.file
 
     def _ipython_display_(self):
