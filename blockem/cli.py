@@ -158,13 +158,18 @@ def _module(name: str):
     "What a stage exports."
     return import_module(f'blockem.{STAGES[name][0][3:]}')
 
-def _stage(name: str, given: dict) -> Path: # the study's folder
-    "Run one stage."
-    return _execute(STAGES[name][0], _module(name).Parameters, given)
+def _stage(name: str, given: dict, jobs: int=1) -> Path: # the study's folder
+    "Run one stage, its tasks beforehand where it has some and several may be done at a time."
+    from blockem.sweep import prepare
+    stage = _module(name)
+    if jobs > 1 and name in IN_TASKS:
+        _ready(stage.Parameters, given)
+        with _resumable(): prepare(stage.tasks(given), jobs)
+    return _execute(STAGES[name][0], stage.Parameters, given)
 
 TOLD = typer.Option([], '--set', '-s', metavar='NAME=VALUE', help=f'any parameter of the notebook, e.g. limit=10{PATHS_START}')
 JOBS = typer.Option(1, min=1, help='tasks done at a time, each in a process of its own with a share of the cores; for a GPU that one leaves idle, several GPUs, or two cores and more')
-IN_TASKS = ('compare', 'reroute', 'amplify')
+IN_TASKS = ('alpha', 'compare', 'reroute', 'amplify')
 
 def _add(name: str, says: str):
     "Make a stage a command."
@@ -174,13 +179,7 @@ def _add(name: str, says: str):
 def _add_in_tasks(name: str, says: str):
     "Make a stage a command whose tasks can be done several at a time."
     @app.command(name, help=says)
-    def command(jobs: int=JOBS, set_: list[str]=TOLD):
-        from blockem.sweep import prepare
-        given = dict(map(_setting, set_))
-        _ready(_module(name).Parameters, given)
-        if jobs > 1:
-            with _resumable(): prepare(_module(name).tasks(given), jobs)
-        _stage(name, given)
+    def command(jobs: int=JOBS, set_: list[str]=TOLD): _stage(name, dict(map(_setting, set_)), jobs)
 
 for name, (_, says) in STAGES.items(): (_add_in_tasks if name in IN_TASKS else _add)(name, says)
 
@@ -210,21 +209,21 @@ def detect(
         with writing(figure) as p: detect_plot(found, str(adapter)).write_html(p, include_plotlyjs=True)
 
 # %% ../nbs/lib/11_cli.ipynb #cell-010
-def _found() -> str: # relative to the project root
+def _found(jobs: int) -> str: # relative to the project root
     "The latents of the discovery on its own organism; it is run if need be."
     from blockem.study import Study, run_folder
     folder = run_folder('', 'discovery', 'smollm2')
     try: return str(Study.open(folder).offered('latents.json', '02_alpha', adapter='').relative_to(project_root()))
     except ValueError: organism('smollm2')
-    for name in DISCOVERY_STAGES: _stage(name, {})
+    for name in DISCOVERY_STAGES: _stage(name, {}, jobs)
     return f'{folder}/latents.json'
 
-def _latents(changes: dict) -> str: # for 03_train, '' for its preset's own
+def _latents(changes: dict, jobs: int) -> str: # for 03_train, '' for its preset's own
     "The latents that were given; or the discovery's, where the preset has the model and the dictionary that it is made on, and names no set itself; or the preset's own, which the parameters were checked for."
     from blockem.study import get_preset
     if 'latents' in changes: return changes['latents']
     preset, usual = get_preset(changes.get('preset', 'smollm2')), get_preset('smollm2')
-    return _found() if (preset.model, preset.dictionary, preset.latents) == (usual.model, usual.dictionary, usual.latents) else ''
+    return _found(jobs) if (preset.model, preset.dictionary, preset.latents) == (usual.model, usual.dictionary, usual.latents) else ''
 
 def _named(domains: str) -> dict: # name, also of its study folder -> domain
     "The domains of a study, each under a name of its own."
@@ -255,7 +254,7 @@ def study(
         if name in changes: raise typer.BadParameter(f'--set {name}=... would hold for every domain of the study; use {option}')
     given = {name: dict(domain=d, seeds=seeds, arms=arms, study=str(folder/name)) | changes for name, d in _named(_located('domains', domains)).items()}
     for g in given.values(): _ready(Parameters, g)
-    latents = dict(latents=_latents(changes))
+    latents = dict(latents=_latents(changes, jobs))
     with _plainly(): todo = [task for g in given.values() for task in tasks(g | latents)]
     if jobs > 1:
         with _resumable(): prepare(todo, jobs)

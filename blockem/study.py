@@ -137,7 +137,7 @@ def run_folder(given: str, stem: str, preset: str) -> str: # relative to the pro
 
 class Discovery(BaseModel):
     "What every stage of discovery can be told."
-    model_config = ConfigDict(extra='forbid', strict=True)
+    model_config = ConfigDict(extra='forbid', strict=True, frozen=True)
     adapter: str = ''
     preset: str = 'smollm2'
     limit: int = Field(0, ge=0)
