@@ -100,7 +100,8 @@ def parts(c: Calibration, signs: dict) -> list: # of lists of (latent, sign)
 def push(c: Calibration, side: str, going: list, alphas: list, name: str): # yields what `answered` returns
     "Some latents at every strength, or until they break the model."
     for first in range(0, len(alphas), TOGETHER):
-        yield (said := answered(c, side, f'{name}-{side}', [(int(k), float(SIDES[side]*sign*a)) for k, sign in going for a in alphas[first:first + TOGETHER]]))
+        said = answered(c, side, f'{name}-{side}', [(int(k), float(SIDES[side]*sign*a)) for k, sign in going for a in alphas[first:first + TOGETHER]])
+        yield said
         going = [(k, sign) for k, sign in going if not broken(said[said.latent == k])]
         if not going: return
 
@@ -144,8 +145,7 @@ def prepare_deal(given: dict, side: str, n: int):
     "Push some of the latents, into the study's folder, where the notebook finds the work done."
     p = checked(Parameters, given)
     c = opened(Calibration, p)
-    for going in parts(c, c.signs)[n::DEALS]:
-        for _ in push(c, side, going, ladder(p.strengths), 'calibrate'): pass
+    for going in parts(c, c.signs)[n::DEALS]: list(push(c, side, going, ladder(p.strengths), 'calibrate'))
 
 # %% ../nbs/02_alpha.ipynb #cell-018
 def largest_within(
