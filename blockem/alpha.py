@@ -85,7 +85,7 @@ def ladder(n: int) -> list: # of floats
     "Strengths, `STEP` apart."
     return [round(STEP*i, 4) for i in range(1, n + 1)]
 
-SIDES = dict(induce=1, repair=-1) # what is asked of base and tuned model -> the way they are pushed, of the one that fine-tuning took
+SIDES = dict(induce=1, repair=-1) # the base is pushed with fine-tuning, the tuned model against it
 
 def answered(c: Calibration, side: str, name: str, asked: list) -> pd.DataFrame:
     "What one of the models says to every prompt, pushed along (latent, strength) pairs, and the verdicts."
