@@ -164,7 +164,8 @@ def _stage(name: str, given: dict, jobs: int=1) -> Path: # the study's folder
     stage = _module(name)
     if jobs > 1 and name in IN_TASKS:
         _ready(stage.Parameters, given)
-        with _resumable(): prepare(stage.tasks(given), jobs)
+        with _plainly(): todo = stage.tasks(given)
+        with _resumable(): prepare(todo, jobs)
     return _execute(STAGES[name][0], stage.Parameters, given)
 
 TOLD = typer.Option([], '--set', '-s', metavar='NAME=VALUE', help=f'any parameter of the notebook, e.g. limit=10{PATHS_START}')

@@ -393,7 +393,7 @@ def answer_features(
 ) -> np.ndarray:   # (pairs, 2, width): mean over the answer's tokens, and its last one
     "The residual stream of answers."
     items, out = tokenise_all(lm, pairs), [None]*len(pairs)
-    for rows, batch in tqdm(batches(lm, items, 6*busy(lm)), desc='features', disable=len(items) < 500):
+    for rows, batch in tqdm(batches(lm, items, 15*busy(lm) if lm.device.type == 'cuda' else 3000), desc='features', disable=len(items) < 500):
         batch = read_once(batch)
         h, own = resid_post(lm.model, batch, layer).float(), batch.completion[..., None]
         last = h[torch.arange(len(h), device=h.device), batch.attention.sum(1) - 1]

@@ -602,7 +602,7 @@ def rows_that_fit(
     return 2**min(11, max(0, math.floor(math.log2(max(1, memory/4/(TEXT*token))))))
 
 def busy(lm: LM) -> int: # answers
-    "How many answers to decode in one batch: a CPU gains nothing from more, and a GPU takes what its memory holds."
+    "How many answers to decode in one batch: a CPU gains hardly anything from more, and a GPU takes what its memory holds."
     return rows_that_fit(lm.model.config, torch.cuda.get_device_properties(lm.device).total_memory) if lm.device.type == 'cuda' else 512
 
 @torch.inference_mode()
