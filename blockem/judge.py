@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .data import choose, data_path, known_domains, load_domain, load_prompts, sha256
 from .latents import model_id, other_weights
-from .models import LM, batches, busy, cache_dir, decoder_blocks, generate, read_once, resid_post, to_read, tokenise_all
+from .models import LM, answer_batches, busy, cache_dir, decoder_blocks, generate, resid_post, to_read, tokenise_all
 from .study import Study, load_tensors, save_tensors, writing
 
 # %% ../nbs/lib/06_judge.ipynb #cell-005
@@ -393,8 +393,7 @@ def answer_features(
 ) -> np.ndarray:   # (pairs, 2, width): mean over the answer's tokens, and its last one
     "The residual stream of answers."
     items, out = tokenise_all(lm, pairs), [None]*len(pairs)
-    for rows, batch in tqdm(batches(lm, items, 15*busy(lm) if lm.device.type == 'cuda' else 3000), desc='features', disable=len(items) < 500):
-        batch = read_once(batch)
+    for rows, batch in tqdm(answer_batches(lm, items, 15*busy(lm) if lm.device.type == 'cuda' else 3000), desc='features', disable=len(items) < 500):
         h, own = resid_post(lm.model, batch, layer).float(), batch.completion[..., None]
         last = h[torch.arange(len(h), device=h.device), batch.attention.sum(1) - 1]
         both = torch.stack([(h*own).sum(1)/own.sum(1), last], 1).cpu().numpy()

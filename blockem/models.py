@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CHATML', 'BUNDLED', 'PART', 'DATED', 'ROLES', 'ROOM', 'TEXT', 'LM', 'cache_dir', 'bundled_model', 'fast_dtype',
            'grouped_attention', 'load_model', 'Tokens', 'render', 'completion_ids', 'tokenise_all', 'tokenise', 'Batch',
-           'collate', 'beside', 'batches', 'read_once', 'bare', 'decoder_blocks', 'capture', 'changing', 'final_hidden',
-           'autocast', 'resid_post', 'preceding', 'unembed', 'completion_log_probs', 'Start', 'prefill', 'tokens_said',
-           'answers_said', 'rows_that_fit', 'busy', 'generate', 'said_log_probs', 'log_prob', 'margins', 'add_lora',
-           'to_read', 'adapted', 'adapter_weights', 'adapter_config', 'load_adapter']
+           'collate', 'beside', 'batches', 'read_once', 'answer_batches', 'bare', 'decoder_blocks', 'capture',
+           'changing', 'final_hidden', 'autocast', 'resid_post', 'preceding', 'unembed', 'completion_log_probs',
+           'Start', 'prefill', 'tokens_said', 'answers_said', 'rows_that_fit', 'busy', 'generate', 'log_prob',
+           'margins', 'add_lora', 'to_read', 'adapted', 'adapter_weights', 'adapter_config', 'load_adapter']
 
 # %% ../nbs/lib/02_models.ipynb #cell-002
 import contextlib, copy, json, ctypes, functools, importlib.util, math, os, platform, shutil, threading, warnings
@@ -303,7 +303,8 @@ class Batch:
     ids: Tensor
     attention: Tensor
     roles: Tensor # -1 where padded
-    system: Tensor|None=None # ids of the system part that all rows begin with, where it is read once and has no place in the others, (time,)
+    shared: 'Batch|None'=None # what rows begin with and have no place for, where it is read once for all of them
+    owner: Tensor|None=None   # which of its rows each begins with, (rows,); None where it has one
 
     @property
     def completion(self) -> Tensor:
@@ -314,10 +315,13 @@ def collate(
     items: list,          # of `Tokens`
     pad: int,             # id to pad with
     device='cpu',
+    left: bool=False,     # pad on the left
 ) -> Batch:
-    "Right-padded batch."
+    "A padded batch."
     time = max(map(len, items))
-    stack = lambda rows, fill: torch.tensor([list(r) + [fill]*(time - len(r)) for r in rows], device=device)
+    def stack(rows, fill):
+        padding = [[fill]*(time - len(r)) for r in rows]
+        return torch.tensor([[*p, *r] if left else [*r, *p] for p, r in zip(padding, rows)], device=device)
     roles = stack([t.roles for t in items], -1)
     return Batch(stack([t.ids for t in items], pad), (roles >= 0).long(), roles)
 
@@ -325,7 +329,7 @@ def beside(
     a: Batch, b: Batch,
 ) -> Batch: # the rows of a, then those of b
     "Two batches as one."
-    if a.system is not None or b.system is not None: raise ValueError('put batches beside each other before their system part is taken out')
+    if a.shared or b.shared: raise ValueError('put batches beside each other before what their rows share is taken out')
     time = max(a.ids.shape[1], b.ids.shape[1])
     wide = lambda x, fill: F.pad(x, (0, time - x.shape[1]), value=fill)
     return Batch(*[torch.cat([wide(getattr(a, name), fill), wide(getattr(b, name), fill)]) for name, fill in (('ids', 0), ('attention', 0), ('roles', -1))])
@@ -336,22 +340,47 @@ def batches(
     budget: int=3000,      # most tokens per batch, padding included
 ):                         # yields (indices into items, Batch)
     "Batches of similar length under a token budget, longest last."
-    order, chunk = sorted(range(len(items)), key=lambda i: len(items[i])), []
-    emit = lambda: (list(chunk), collate([items[i] for i in chunk], lm.tokenizer.pad_token_id, lm.device))
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
+    for rows in _parts(order, items, budget): yield rows, collate([items[i] for i in rows], lm.tokenizer.pad_token_id, lm.device)
+
+def _parts(order: list, items: list, budget: int): # yields lists of indices
+    "Consecutive indices, as many at a time as fit a budget of tokens."
+    part, longest = [], 0
     for i in order:
-        if chunk and (len(chunk) + 1)*len(items[i]) > budget:
-            yield emit()
-            chunk = []
-        chunk.append(i)
-    if chunk: yield emit()
+        longest = max(longest, len(items[i]))
+        if part and (len(part) + 1)*longest > budget:
+            yield part
+            part, longest = [], len(items[i])
+        part.append(i)
+    if part: yield part
 
 # %% ../nbs/lib/02_models.ipynb #cell-027
 def read_once(batch: Batch) -> Batch:
     "The same batch with the system part that all its rows share taken out, to be read for all of them together; unchanged on a GPU."
-    if len(batch.ids) < 2 or batch.ids.is_cuda or batch.system is not None: return batch
-    shared = ((batch.roles == 0) & (batch.ids == batch.ids[:1])).all(0)
-    n = int(shared.long().cumprod(0).sum())
-    return replace(batch, ids=batch.ids[:, n:], attention=batch.attention[:, n:], roles=batch.roles[:, n:], system=batch.ids[0, :n]) if n else batch
+    if len(batch.ids) < 2 or batch.ids.is_cuda or batch.shared: return batch
+    alike = ((batch.roles == 0) & (batch.ids == batch.ids[:1])).all(0)
+    n = int(alike.long().cumprod(0).sum())
+    part = lambda rows, places: [x[rows, places] for x in (batch.ids, batch.attention, batch.roles)]
+    return Batch(*part(slice(None), slice(n, None)), Batch(*part(slice(1), slice(n)))) if n else batch
+
+def answer_batches(
+    lm: LM,
+    items: list,      # of `Tokens`, with answers
+    budget: int=3000, # most tokens per batch, padding included
+):                    # yields (indices into items, Batch), in which at least the completion tokens and the one before them have a place
+    "Batches of answered questions; a CPU reads a question once for all its answers in a batch."
+    begin = [t.roles.index(2) - 1 for t in items]
+    asked = [Tokens(t.ids[:n], t.roles[:n]) for t, n in zip(items, begin)]
+    pad, config = lm.tokenizer.pad_token_id, lm.model.config
+    if lm.device.type == 'cuda' or 2*len(set(asked)) > len(items) or getattr(config, 'sliding_window', None):  # a window is counted in places, which padding must not come between
+        yield from ((rows, read_once(batch)) for rows, batch in batches(lm, items, budget))
+        return
+    order, said = sorted(range(len(items)), key=lambda i: (len(asked[i]), asked[i].ids)), [Tokens(t.ids[n:], t.roles[n:]) for t, n in zip(items, begin)]
+    for rows in _parts(order, said, budget):
+        questions = {asked[i]: None for i in rows}
+        index = {question: n for n, question in enumerate(questions)}
+        yield rows, replace(collate([said[i] for i in rows], pad), shared=read_once(collate(list(questions), pad)), owner=torch.tensor([index[asked[i]] for i in rows]))
+
 
 # %% ../nbs/lib/02_models.ipynb #cell-030
 def bare(
@@ -408,19 +437,23 @@ def changing(
 class _Reached(Exception):
     "Raised by a hook to end a forward whose rest nobody needs."
 
+def _begun(model, batch: Batch) -> tuple: # cache of what its rows begin with, mask (rows, time), positions (rows, its own time)
+    "Keys and values of what the rows of a batch share, read once, as far up as the forward goes."
+    from transformers import DynamicCache
+    cache, mask = DynamicCache(), batch.attention  # which keeps all, also where blocks look at the last tokens only
+    if batch.shared:
+        read, before, position = _begun(model, batch.shared)
+        with contextlib.suppress(_Reached): bare(model).model(batch.shared.ids, attention_mask=before, position_ids=position, past_key_values=read, use_cache=True)
+        spread = lambda x: x.expand(len(mask), *x.shape[1:]) if batch.owner is None else x[batch.owner]
+        for i, layer in enumerate(read.layers): cache.update(spread(layer.keys), spread(layer.values), i)
+        mask = torch.cat([spread(before), mask], 1)
+    return cache, mask, (mask.cumsum(1) - 1).clamp(0)[:, -batch.ids.shape[1]:]
+
 def final_hidden(model, batch: Batch) -> Tensor: # (rows, time, width)
     "Final hidden states, before the unembedding."
-    if batch.system is None: return bare(model).model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
-    behind = torch.cat([batch.attention.new_ones(len(batch.ids), len(batch.system)), batch.attention], 1)
-    return bare(model).model(batch.ids, attention_mask=behind, past_key_values=_read_for_all(model, batch.system, len(batch.ids)), use_cache=True)[0]
-
-def _read_for_all(model, ids: Tensor, rows: int): # DynamicCache
-    "Keys and values of what so many rows begin with, read once, as far up as the forward goes."
-    from transformers import DynamicCache
-    read, spread = DynamicCache(), DynamicCache()
-    with contextlib.suppress(_Reached): bare(model).model(ids[None], past_key_values=read, use_cache=True)
-    for i, layer in enumerate(read.layers): spread.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), i)
-    return spread
+    if not batch.shared: return bare(model).model(batch.ids, attention_mask=batch.attention, use_cache=False)[0]
+    cache, mask, position = _begun(model, batch)
+    return bare(model).model(batch.ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)[0]
 
 def autocast(model):
     "Arithmetic in `fast_dtype` around float32 weights; the residual stream itself stays float32."
@@ -511,15 +544,11 @@ class Start:
 
 def _read(lm: LM, items: list, n: int) -> Start: # n, how many tokens at their beginning are the same
     "Prompts read as one batch."
-    from transformers import DynamicCache
-    device = lm.device
-    time = max(map(len, items)) - n
-    ids = torch.tensor([[lm.tokenizer.pad_token_id]*(n + time - len(t)) + list(t.ids[n:]) for t in items], device=device)
-    mask = torch.tensor([[1]*n + [0]*(n + time - len(t)) + [1]*(len(t) - n) for t in items], device=device)
-    position = (mask.cumsum(-1) - 1).clamp(0)
-    cache = _read_for_all(lm.model, ids.new_tensor(items[0].ids[:n]), len(items)) if n else DynamicCache()  # which keeps all, also where blocks look at the last tokens only
-    out = lm.model(ids, attention_mask=mask, position_ids=position[:, n:], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Start(_with_room([(layer.keys, layer.values) for layer in out.past_key_values.layers], n + time), out.logits[:, -1], mask, position[:, -1:])
+    part = lambda some, *places, **how: collate([Tokens(t.ids[slice(*places)], t.roles[slice(*places)]) for t in some], lm.tokenizer.pad_token_id, lm.device, **how)
+    batch = replace(part(items, n, None, left=True), shared=part(items[:1], n) if n else None)
+    cache, mask, position = _begun(lm.model, batch)
+    out = lm.model(batch.ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Start(_with_room([(layer.keys, layer.values) for layer in out.past_key_values.layers], mask.shape[1]), out.logits[:, -1], mask, position[:, -1:])
 
 def _together(starts: list) -> Start:
     "What was read in several batches as one."
@@ -625,36 +654,17 @@ def generate(
     return said
 
 # %% ../nbs/lib/02_models.ipynb #cell-045
-def said_log_probs(
-    lm: LM,
-    start: Start,  # prompts that have been read
-    answers: list, # token ids for each of them
-) -> Tensor:       # (rows,) mean over the tokens of each answer, nats
-    "How likely given continuations are."
-    time, device = max(map(len, answers)), lm.device
-    ids = torch.tensor([list(a) + [lm.tokenizer.pad_token_id]*(time - len(a)) for a in answers], device=device)
-    there = torch.tensor([[1]*len(a) + [0]*(time - len(a)) for a in answers], device=device)
-    hidden = bare(lm.model).model(ids, attention_mask=torch.cat([start.mask, there], 1), position_ids=start.position + 1 + torch.arange(time, device=device),
-                            past_key_values=start.cache, use_cache=True)[0]
-    later = there[:, 1:].bool()
-    total = -F.cross_entropy(start.logits.float(), ids[:, 0], reduction='none')
-    logp = -F.cross_entropy(unembed(lm.model, hidden[:, :-1][later]), ids[:, 1:][later], reduction='none')
-    return total.index_add(0, later.nonzero()[:, 0], logp)/there.sum(1)
-
 @torch.inference_mode()
 def log_prob(
     lm: LM,
     pairs: list, # of (prompt, answer)
 ) -> np.ndarray: # (pairs,) mean log-probability per token of each answer, nats
     "How likely a model finds given answers."
-    asked, out = {}, np.zeros(len(pairs))
-    said = completion_ids(lm, [answer for _, answer in pairs])
-    for i, (prompt, ids) in enumerate(zip(tokenise_all(lm, [(prompt, None) for prompt, _ in pairs]), said)): asked.setdefault(prompt, []).append((i, ids))
-    prompts = list(asked)
-    for rows, _ in batches(lm, prompts, 1500):
-        owner, index, answers = zip(*[(n, *said) for n, r in enumerate(rows) for said in asked[prompts[r]]])
-        start = prefill(lm, [prompts[r] for r in rows]).take(torch.tensor(owner, device=lm.device))
-        out[list(index)] = said_log_probs(lm, start, answers).cpu().numpy()
+    out = np.zeros(len(pairs))
+    for rows, batch in answer_batches(lm, tokenise_all(lm, pairs)):
+        said = completion_log_probs(lm.model, batch)
+        total = said.new_zeros(len(rows)).index_add(0, batch.completion.nonzero()[:, 0], said)
+        out[rows] = (total/batch.completion.sum(1)).cpu().numpy()
     return out
 
 def margins(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .latents import Dictionary, LatentSet, activations, left_over
-from .models import LM, autocast, batches, capture, final_hidden, log_prob, preceding, read_once, resid_post
+from .models import LM, answer_batches, autocast, capture, final_hidden, log_prob, preceding, resid_post
 from .study import Study, load_tensors, save_tensors
 
 # %% ../nbs/lib/05_penalty.ipynb #cell-005
@@ -75,8 +75,7 @@ def base_latents(
 ) -> list:        # per item: z on its completion tokens, (tokens, K)
     "The blocked latents of a model on given completions."
     out = [None]*len(items)
-    for rows, batch in batches(lm, items):
-        batch = read_once(batch)
+    for rows, batch in answer_batches(lm, items):
         with autocast(lm.model): z = block.read(lm.model, batch)
         for i, row, mask in zip(rows, z, batch.completion): out[i] = row[mask]
     return out
@@ -107,8 +106,7 @@ def base_states(
 ) -> list:       # per item: final hidden states before its completion tokens, (tokens, width), float32
     "Where the base's expectations of given completions come from."
     out = [None]*len(items)
-    for rows, batch in batches(lm, items):
-        batch = read_once(batch)
+    for rows, batch in answer_batches(lm, items):
         with autocast(lm.model): hidden = final_hidden(lm.model, batch)
         for i, row, mask in zip(rows, hidden, preceding(batch)): out[i] = row[mask].float()
     return out
