@@ -151,7 +151,8 @@ STAGES = dict(shift=('00_shift', 'Ask which latents fine-tuning moved (nbs/00_sh
               directions=('06_directions', 'Ask whether one direction tells a misaligned model apart (nbs/06_directions.ipynb).'),
               mend=('07_mend', 'Ask whether a misaligned model can keep its task and lose the rest (nbs/07_mend.ipynb).'),
               amplify=('08_amplify', 'Ask how firmly to hold a run, and how strong its adapter should be afterwards (nbs/08_amplify.ipynb).'),
-              narrow=('09_narrow', 'Ask what a gate should read, and whom it lets through (nbs/09_narrow.ipynb).'))
+              narrow=('09_narrow', 'Ask what a gate should read, and whom it lets through (nbs/09_narrow.ipynb).'),
+             sense=('10_sense', 'Ask whether what finished runs said means anything (nbs/10_sense.ipynb).'))
 DISCOVERY_STAGES = ('shift', 'screen', 'alpha')
 
 def _module(name: str):
@@ -364,6 +365,7 @@ TABLES = {  # stage -> what it leaves in its study folder -> its name in data/re
     '07_mend': {'mend': '07_mend'},
     '08_amplify': {'amplify': '08_amplify'},
     '09_narrow': {'narrow': '09_narrow'},
+    '10_sense': {'sense': '10_sense'},
 }
 
 def _take(source: Path, target: Path):

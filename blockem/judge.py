@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['EMPTY', 'SAMPLING', 'DAMAGE', 'SOUND', 'READS', 'BUCKETS', 'TABLE', 'PROBES', 'REPORTING', 'SELECTING', 'OFFLINE',
            'RUBRICS', 'LABELS', 'FEW', 'Verdict', 'missing', 'in_a_word', 'is_refusal', 'finish', 'base_answers',
-           'altered', 'echoes', 'Example', 'examples', 'sound_text', 'fit_coherence', 'OfflineJudge', 'LexicalJudge',
-           'fit_lexical', 'probe_layer', 'answer_features', 'ProbeJudge', 'fit_probe', 'validate', 'fit_judge',
-           'fit_judges', 'judge_folder', 'judge_file', 'save', 'judge_card', 'make_judges', 'kappa', 'parse_reply',
-           'VerdictCache', 'AskedJudge', 'LocalJudge', 'JudgeServerError', 'NoReply', 'ChatJudge', 'check_judges',
-           'load_judges']
+           'altered', 'echoes', 'Example', 'examples', 'logistic', 'sound_text', 'fit_coherence', 'OfflineJudge',
+           'LexicalJudge', 'fit_lexical', 'probe_layer', 'answer_features', 'ProbeJudge', 'fit_probe', 'validate',
+           'fit_judge', 'fit_judges', 'judge_folder', 'judge_file', 'save', 'judge_card', 'make_judges', 'kappa',
+           'parse_reply', 'VerdictCache', 'AskedJudge', 'LocalJudge', 'JudgeServerError', 'NoReply', 'ChatJudge',
+           'check_judges', 'load_judges']
 
 # %% ../nbs/lib/06_judge.ipynb #cell-002
 import contextlib, functools, hashlib, json, math, os, random, re, sqlite3, time, zlib
@@ -222,7 +222,7 @@ def examples(
     return fit + test + [v for i, e in enumerate(varied) for v in _variants(e, i) if v.answer]
 
 # %% ../nbs/lib/06_judge.ipynb #cell-026
-def _logistic(X: np.ndarray, y, weight, C: float, balanced: bool=True) -> tuple: # weights (features,), bias
+def logistic(X: np.ndarray, y, weight, C: float, balanced: bool=True) -> tuple: # weights (features,), bias
     "A logistic regression on standardised features, as weights for the raw ones."
     mean, scale = X.mean(0), X.std(0) + 1e-6
     model = LogisticRegression(C=C, max_iter=3000, class_weight='balanced' if balanced else None)
@@ -242,7 +242,7 @@ def fit_coherence(
     good, out = np.array([sound_text(e) for e in texts]), []
     for kind in DAMAGE:
         use = good | np.array([e.kind == kind for e in texts])
-        out.append(_logistic(X[use], good[use], [e.weight for e, u in zip(texts, use) if u], C))
+        out.append(logistic(X[use], good[use], [e.weight for e, u in zip(texts, use) if u], C))
     return dict(coherence=np.stack([w for w, _ in out]), coherence_bias=np.array([b for _, b in out]))
 
 # %% ../nbs/lib/06_judge.ipynb #cell-029
@@ -429,7 +429,7 @@ def fit_probe(
     "The probe of some examples; its coherence floors are still zero."
     use = [i for i, e in enumerate(texts) if e.kind in ('pair', 'base')]
     labels, weights = [texts[i].label for i in use], [texts[i].weight for i in use]
-    weight, bias = _logistic(X[use, 0], labels, weights, .01, balanced=False)
+    weight, bias = logistic(X[use, 0], labels, weights, .01, balanced=False)
     tensors = dict(weight=weight, bias=np.array([bias]), floor=np.zeros(len(DAMAGE)))
     return ProbeJudge(lm, layer, tensors | fit_coherence(X.reshape(len(X), -1), texts, .01), name=name)
 
