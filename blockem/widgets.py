@@ -190,9 +190,9 @@ def _cells(found: dict, wanted: tuple, names: tuple) -> list: # [model][group][p
 
 def _still(found: dict, models: list, group, places: list, prompt: str, names: tuple, say) -> str:
     "One group at some places, as a table."
-    rows = ''.join(f'<tr><td>{say(a)}</td>' + ''.join(f'<td>{escape(found[m, group, a, prompt][0])}</td>' for m in models) + '</tr>' for a in places)
-    head = ''.join(f'<th>{escape(m)}</th>' for m in models)
-    return f'<div data-part="still"><p>{escape(prompt)}</p><table><tr><th>{names[1]}, {names[0]} {group}</th>{head}</tr>{rows}</table></div>'
+    rows = ''.join(f'<tr><th scope="row">{say(a)}</th>' + ''.join(f'<td>{escape(found[m, group, a, prompt][0])}</td>' for m in models) + '</tr>' for a in places)
+    head = ''.join(f'<th scope="col">{escape(m)}</th>' for m in models)
+    return f'<div data-part="still"><p>{escape(prompt)}</p><table><tr><th scope="col">{names[1]}, {names[0]} {group}</th>{head}</tr>{rows}</table></div>'
 
 def slider_page(
     answers: pd.DataFrame,  # columns model, `group`, `axis`, prompt, answer, and verdict where there is one
@@ -210,10 +210,10 @@ def slider_page(
     data = dict(models=models, groups=[str(g) for g in groups], places=[say(a) for a in places], start=places.index(start), name=name, prompts=prompts,
                 answers=_cells(found, (models, groups, places, prompts), names))
     safe = json.dumps(data, ensure_ascii=False).replace('<', '\\u003c')  # no answer can end the script
-    panels = ''.join(f'<div style="flex:1;min-width:14em"><strong>{escape(m)}</strong><div {_BOX} role="status" aria-live="polite"><span data-part="answer{i}"></span><br>'
+    panels = ''.join(f'<div style="flex:1;min-width:14em" role="status"><strong>{escape(m)}</strong><div {_BOX}><span data-part="answer{i}"></span><br>'
                      f'<strong data-part="verdict{i}"></strong></div></div>' for i, m in enumerate(models))
     live = (f'<div data-part="live" hidden><p><label>{group} <select data-part="group"></select></label> <label>prompt <select data-part="prompt" style="max-width:min(32em,100%)"></select></label></p>'
-            f'<p><label>{name} <input data-part="place" type="range" min="0" step="1" style="width:60%"></label> <output data-part="value"></output></p>'
+            f'<p><label>{name} <input data-part="place" type="range" min="0" step="1" style="width:60%"></label> <span data-part="value" aria-hidden="true"></span></p>'
             f'<div style="display:flex;gap:8px;flex-wrap:wrap">{panels}</div></div>')
     still = _still(found, models, groups[0], list(dict.fromkeys((places[0], start, places[-1]))), prompts[0], names, say)
     return View(f'<div class="tex2jax_ignore mathjax_ignore">{live}{still}<script type="application/json">{safe}</script><script>{_SCRIPT}</script></div>',
