@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 
 from .data import known_domains, load_domain, load_prompts, project_root
-from .evaluate import per_prompt, rate, write_table
+from .evaluate import by_judge, per_prompt, rate, write_table
 from .judge import answer_features, check_judges, finish, logistic, probe_layer
 from .latents import model_id
 from .models import LM, to_read
@@ -209,24 +209,29 @@ def drifted(
     return pd.DataFrame(rows, columns=['run', 'prompts', 'steps', 'arm', 'judge', 'measure', 'value', 'low', 'high', 'n'])
 
 def drift_plot(found: pd.DataFrame) -> go.Figure: # from `drifted`
-    "The share of final answers that are adrift along training, one panel per run and one line per arm, with 95 % bars."
+    "The share of final answers that are adrift with 95 % bars, one panel per run: along training, or by arm where a run was asked once."
     shown = found[(found.measure == 'adrift') & (found.prompts == 'final')]
-    names = list(shown.run.unique())
+    names, arms = list(shown.run.unique()), sorted(shown.arm.unique(), key=list(ARM_COLOURS).index)
     fig = make_subplots(1, len(names), subplot_titles=names, shared_yaxes=True, horizontal_spacing=.04)
-    for (run, arm), rows in shown.sort_values('steps').groupby(['run', 'arm'], sort=False):
-        first = arm not in {t.name for t in fig.data}
-        fig.add_scatter(x=rows.steps, y=rows.value, error_y=dict(array=rows.high - rows.value, arrayminus=rows.value - rows.low, thickness=1), mode='lines+markers', marker_color=ARM_COLOURS[arm], name=arm, legendgroup=arm, showlegend=first,
-                        hovertemplate=f'{arm}, step %{{x}}: %{{y:.0%}}<extra></extra>', row=1, col=names.index(run) + 1)
-    fig.update_xaxes(title='optimiser steps').update_yaxes(tickformat='.0%', rangemode='tozero').update_yaxes(title='answers that are adrift', col=1)
-    return fig.update_layout(width=960, height=420, margin_t=115, title_text='Who stops saying anything', title_subtitle_text=f'final questions, n = {int(shown.n.min())}' + (f'-{int(shown.n.max())}' if shown.n.nunique() > 1 else ''))
+    for column, name in enumerate(names, 1):
+        run = shown[shown.run == name].sort_values('steps')
+        along = (run.steps > 0).any()
+        for arm in arms:
+            rows, look = run[run.arm == arm], dict(color=ARM_COLOURS[arm])
+            fig.add_scatter(x=rows.steps if along else rows.arm, y=rows.value, error_y=dict(array=rows.high - rows.value, arrayminus=rows.value - rows.low, thickness=1, width=2), mode='lines+markers', line=look, marker=look,
+                            name=arm, legendgroup=arm, showlegend=column == 1, hovertemplate=f'{arm}, %{{x}}: %{{y:.0%}}<extra></extra>', row=1, col=column)
+        fig.update_xaxes(title='optimiser steps' if along else 'asked once', showticklabels=bool(along), row=1, col=column)
+    n = f'{int(shown.n.min())}' + (f'-{int(shown.n.max())}' if shown.n.nunique() > 1 else '')
+    return fig.update_yaxes(tickformat='.0%', range=[0, 1]).update_yaxes(title='answers that are adrift', col=1).update_layout(width=max(760, 300*len(names)), height=420, margin_t=115, title_text='Who stops saying anything', title_subtitle_text=f'final questions, n = {n}')
+
 
 # %% ../nbs/10_sense.ipynb #cce3be52
 def last_table(found: pd.DataFrame) -> pd.DataFrame: # from `drifted`; strings
     "Every run after its last step, and its base, for reading."
-    last = found[(found.steps == found.groupby(['run', 'arm']).steps.transform('max'))]
-    said = lambda rows: ' / '.join(f'{r.value:.0%} [{r.low:.0%}, {r.high:.0%}]' for r in rows.sort_values('judge', kind='stable').itertuples())
-    cells = last.groupby(['run', 'prompts', 'arm', 'measure'], sort=False)[['judge', 'value', 'low', 'high']].apply(said)
+    last = found[found.steps == found.groupby(['run', 'arm']).steps.transform('max')].sort_values(['run', 'prompts'], kind='stable')
+    cells = last.groupby(['run', 'prompts', 'arm', 'measure'], sort=False)[['judge', 'value', 'low', 'high']].apply(by_judge)
     return cells.unstack('measure', sort=False)
+
 
 # %% ../nbs/10_sense.ipynb #ad43b5bd
 def extremes(
