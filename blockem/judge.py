@@ -15,6 +15,7 @@ __all__ = ['EMPTY', 'SAMPLING', 'DAMAGE', 'SOUND', 'READS', 'BUCKETS', 'TABLE', 
 import contextlib, functools, hashlib, json, math, os, random, re, sqlite3, time, zlib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -792,10 +793,15 @@ def _content(body: bytes) -> str|None:
     except (ValueError, LookupError, TypeError, RecursionError): return None
     return content if isinstance(content, str) else None
 
+def _asked_for(retry_after: str) -> float: # seconds, 0 where it says none
+    "What a server's Retry-After asks for: a number of seconds, or a date."
+    if re.fullmatch(r'\d{1,6}(\.\d{1,6})?', retry_after, re.A): return float(retry_after)
+    try: return parsedate_to_datetime(retry_after).timestamp() - time.time()
+    except ValueError: return 0.
+
 def _pause(attempt: int, retry_after: str|None, most: float=30.) -> float: # seconds
     "How long to wait before the next try: what the server asks for, else twice as long each time."
-    asked = float(retry_after) if re.fullmatch(r'\d{1,6}', retry_after or '', re.A) else 0.
-    return min(most, max(asked, .5*2**attempt*(1 + random.random()/4)))
+    return min(most, max(_asked_for(retry_after or ''), .5*2**attempt*(1 + random.random()/4)))
 
 # %% ../nbs/lib/06_judge.ipynb #cell-078
 @dataclass(frozen=True)
