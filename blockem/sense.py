@@ -211,15 +211,16 @@ def drifted(
 def drift_plot(found: pd.DataFrame) -> go.Figure: # from `drifted`
     "The share of final answers that are adrift with 95 % bars, one panel per run: along training, or by arm where a run was asked once."
     shown = found[(found.measure == 'adrift') & (found.prompts == 'final')]
-    names, arms = list(shown.run.unique()), sorted(shown.arm.unique(), key=list(ARM_COLOURS).index)
+    names, arms, seen = list(shown.run.unique()), sorted(shown.arm.unique(), key=list(ARM_COLOURS).index), set()
     fig = make_subplots(1, len(names), subplot_titles=names, shared_yaxes=True, horizontal_spacing=.04)
     for column, name in enumerate(names, 1):
         run = shown[shown.run == name].sort_values('steps')
         along = (run.steps > 0).any()
-        for arm in arms:
+        for arm in (a for a in arms if (run.arm == a).any()):
             rows, look = run[run.arm == arm], dict(color=ARM_COLOURS[arm])
             fig.add_scatter(x=rows.steps if along else rows.arm, y=rows.value, error_y=dict(array=rows.high - rows.value, arrayminus=rows.value - rows.low, thickness=1, width=2), mode='lines+markers', line=look, marker=look,
-                            name=arm, legendgroup=arm, showlegend=column == 1, hovertemplate=f'{arm}, %{{x}}: %{{y:.0%}}<extra></extra>', row=1, col=column)
+                            name=arm, legendgroup=arm, showlegend=arm not in seen, hovertemplate=f'{arm}, %{{x}}: %{{y:.0%}}<extra></extra>', row=1, col=column)
+            seen.add(arm)
         fig.update_xaxes(title='optimiser steps' if along else 'asked once', showticklabels=bool(along), row=1, col=column)
     n = f'{int(shown.n.min())}' + (f'-{int(shown.n.max())}' if shown.n.nunique() > 1 else '')
     return fig.update_yaxes(tickformat='.0%', range=[0, 1]).update_yaxes(title='answers that are adrift', col=1).update_layout(width=max(760, 300*len(names)), height=420, margin_t=115, title_text='Who stops saying anything', title_subtitle_text=f'final questions, n = {n}')
