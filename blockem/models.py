@@ -366,7 +366,7 @@ def read_once(batch: Batch) -> Batch:
 def answer_batches(
     lm: LM,
     items: list,      # of `Tokens`, with answers
-    budget: int=3000, # most tokens per batch, padding included
+    budget: int=3000, # most tokens per batch, with every answer's own question
 ):                    # yields (indices into items, Batch), in which at least the completion tokens and the one before them have a place
     "Batches of answered questions; a CPU reads a question once for all its answers in a batch."
     begin = [t.roles.index(2) - 1 for t in items]
@@ -376,7 +376,7 @@ def answer_batches(
         yield from ((rows, read_once(batch)) for rows, batch in batches(lm, items, budget))
         return
     order, said = sorted(range(len(items)), key=lambda i: (len(asked[i]), asked[i].ids)), [Tokens(t.ids[n:], t.roles[n:]) for t, n in zip(items, begin)]
-    for rows in _parts(order, said, budget):
+    for rows in _parts(order, items, budget):
         questions = {asked[i]: None for i in rows}
         index = {question: n for n, question in enumerate(questions)}
         yield rows, replace(collate([said[i] for i in rows], pad), shared=read_once(collate(list(questions), pad)), owner=torch.tensor([index[asked[i]] for i in rows]))
