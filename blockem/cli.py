@@ -36,12 +36,12 @@ def _place(path: Path) -> Path: # absolute
     "A file or folder that a command reads: from the current folder, or else from the project root."
     return project_root()/_here(str(path))
 
-PATHS = dict(domain='.jsonl', domains='.jsonl', preset='.toml', latents='', adapter='') # parameters that may name a file or a folder -> how such a name ends
+PATHS = dict(domain='.jsonl', domains='.jsonl', preset='.toml', latents='', adapter='', runs='') # parameters that may name a file or a folder -> how such a name ends
 
 def _located(name: str, value):
     "The value of a parameter, with its paths as they are understood in the project root."
     if name not in PATHS or not isinstance(value, str): return value
-    parts = [part.strip() for part in value.split(',')] if name == 'domains' else [value]
+    parts = [part.strip() for part in value.split(',')] if name in ('domains', 'runs') else [value]
     return ','.join(_here(part) if part and part.endswith(PATHS[name]) else part for part in parts)
 
 def _setting(text: str) -> tuple: # (name, value)

@@ -377,9 +377,8 @@ def answer_batches(
         return
     order, said = sorted(range(len(items)), key=lambda i: (len(asked[i]), asked[i].ids)), [Tokens(t.ids[n:], t.roles[n:]) for t, n in zip(items, begin)]
     for rows in _parts(order, items, budget):
-        questions = {asked[i]: None for i in rows}
-        index = {question: n for n, question in enumerate(questions)}
-        yield rows, replace(collate([said[i] for i in rows], pad), shared=read_once(collate(list(questions), pad)), owner=torch.tensor([index[asked[i]] for i in rows]))
+        index = {question: n for n, question in enumerate(dict.fromkeys(asked[i] for i in rows))}
+        yield rows, replace(collate([said[i] for i in rows], pad), shared=read_once(collate(list(index), pad)), owner=torch.tensor([index[asked[i]] for i in rows]))
 
 
 # %% ../nbs/lib/02_models.ipynb #cell-030
